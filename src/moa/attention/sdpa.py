@@ -1,0 +1,219 @@
+"""Span attention with PyTorch's own operators, on any device: what runs where no kernel of ours does.
+
+A pair is one KV head of one row; the query heads of its GQA group share it. Pairs of equal span form a group, and a
+group is one batched operation. A prompt is cut in strips of queries; a strip meets the sink and the keys of its own
+window only, and its mask is [strip, keys], shared by the whole group. Decoding reads the stored keys of a group in
+place, without any mask.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
+
+from moa.attention.options import AttentionOptions, effective_span
+
+STRIP = 256  # queries a strip: larger costs memory and masked work, smaller costs calls
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: np.ndarray,
+    sink: int,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of whole sequences without padding.
+
+    Parameters
+    ----------
+    query : [rows, query_heads, tokens, head_dim]
+    key, value : [rows, kv_heads, tokens, dim]
+    spans : int64 [rows, kv_heads]
+    sink : int
+    options : AttentionOptions
+
+    Returns
+    -------
+    [rows, query_heads, tokens, value_dim]
+    """
+    groups = equal_rows(spans.reshape(-1, 1))
+    pieces = []
+    for (head_span,), pairs in groups:
+        span, layer_sink = effective_span(int(head_span), sink, options.sliding_window)
+        pieces.append(prefill_pairs(pairs, query, key, value, span, layer_sink, options))
+    if len(pieces) == 1:
+        output = pieces[0]
+    else:
+        back = np.argsort(np.concatenate([pairs for _, pairs in groups]))
+        output = torch.cat(pieces).index_select(0, torch.from_numpy(back).to(query.device))
+    return output.reshape(*query.shape[:3], -1)
+
+
+def prefill_pairs(
+    pairs: np.ndarray,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    span: int,
+    sink: int,
+    options: AttentionOptions,
+    past: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Causal attention of some pairs (row * kv_heads + head) that have one span.
+
+    Parameters
+    ----------
+    pairs : int64 [count]
+    query, key, value
+        As in `prefill`: the new tokens of all pairs.
+    span, sink : int
+        Already those of the layer (`effective_span`).
+    past : ([count, keys, head_dim], [count, keys, value_dim]), optional
+        What the pairs have stored, oldest first. Keys between the sink and the window may be missing.
+
+    Returns
+    -------
+    [count, group, tokens, value_dim]
+    """
+    rows, heads, new, _ = key.shape
+    index = torch.from_numpy(pairs).to(key.device)
+    everything = len(pairs) == rows * heads
+
+    def pick(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if everything else tensor.index_select(0, index)
+
+    queries = pick(query.reshape(rows * heads, -1, new, query.shape[3]))
+    keys, values = (pick(tensor.reshape(rows * heads, new, -1)) for tensor in (key, value))
+    if past is not None:
+        keys, values = torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
+    logits = logits_per_pair(options.sink_logits, rows, (rows * heads, queries.shape[1]))
+    return prefill_group(queries, keys, values, span, sink, options, None if logits is None else pick(logits))
+
+
+def prefill_group(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    span: int,
+    sink: int,
+    options: AttentionOptions,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention in strips, for a group of pairs with one span.
+
+    Parameters
+    ----------
+    query : [pairs, group, queries, head_dim]
+    key, value : [pairs, keys, dim]
+        In order; the queries are the last of the keys.
+    sink_logits : [pairs, group], optional
+
+    Returns
+    -------
+    [pairs, group, queries, value_dim]
+    """
+    queries, keys = query.shape[2], key.shape[1]
+    window = span - sink
+    plain = options.softcap is None and sink_logits is None
+    if plain and queries == keys <= window:  # nothing but causal: the fastest kernels there are
+        return F.scaled_dot_product_attention(
+            query, key[:, None], value[:, None], is_causal=True, scale=options.scaling, enable_gqa=True
+        )
+    outputs = []
+    for start in range(0, queries, STRIP):
+        strip = query[:, :, start : start + STRIP]
+        first = keys - queries + start  # index of the strip's first query among the keys
+        last = first + strip.shape[2]
+        low = max(first - window + 1, 0)
+        if low > sink:
+            strip_key = torch.cat([key[:, :sink], key[:, low:last]], dim=1)
+            strip_value = torch.cat([value[:, :sink], value[:, low:last]], dim=1)
+            j = torch.cat([torch.arange(sink), torch.arange(low, last)]).to(key.device)
+        else:
+            strip_key, strip_value = key[:, :last], value[:, :last]
+            j = torch.arange(last, device=key.device)
+        i = torch.arange(first, last, device=key.device)[:, None]
+        seen = (j <= i) & ((j < sink) | (i - j < window))
+        if plain:
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    strip,
+                    strip_key[:, None],
+                    strip_value[:, None],
+                    attn_mask=seen,
+                    scale=options.scaling,
+                    enable_gqa=True,
+                )
+            )
+        else:
+            outputs.append(_softmax_attention(strip, strip_key, strip_value, seen, options, sink_logits))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def decode_group(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: AttentionOptions,
+    sink_logits: torch.Tensor | None = None,
+    stored: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One new token's attention over everything that a group of pairs has stored.
+
+    Parameters
+    ----------
+    query : [pairs, group, head_dim]
+    key, value : [pairs, keys, dim]
+        In any order, the new token's included.
+    sink_logits : [pairs, group], optional
+    stored : int64 [pairs], optional
+        How many of the keys are filled, where that differs between pairs.
+
+    Returns
+    -------
+    [pairs, group, value_dim]
+    """
+    seen = None
+    if stored is not None:
+        seen = (torch.arange(key.shape[1], device=key.device) < stored[:, None])[:, None, None, :]
+    return _softmax_attention(query[:, :, None], key, value, seen, options, sink_logits)[:, :, 0]
+
+
+def _softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor | None,
+    options: AttentionOptions,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Matrix products and a softmax of at least float32; ``seen`` broadcasts to [pairs, group, queries, keys]."""
+    pairs, group, queries, dim = query.shape
+    scores = torch.bmm((query * options.scaling).reshape(pairs, group * queries, dim), key.transpose(1, 2))
+    scores = scores.view(pairs, group, queries, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    if sink_logits is not None:
+        column = sink_logits.to(scores.dtype)[:, :, None, None].expand(pairs, group, queries, 1)
+        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    mixed = torch.bmm(weights.to(value.dtype).reshape(pairs, group * queries, -1), value)
+    return mixed.view(pairs, group, queries, -1)
+
+
+def logits_per_pair(sink_logits: torch.Tensor | None, rows: int, shape: Sequence[int]) -> torch.Tensor | None:
+    """Learned logits [query_heads] for every pair: ``shape`` is [rows * kv_heads, group]."""
+    return None if sink_logits is None else sink_logits.repeat(rows).reshape(*shape)
+
+
+def equal_rows(states: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Distinct rows of an array [rows, fields], each with the indices where it stands."""
+    distinct, inverse = np.unique(states, axis=0, return_inverse=True)
+    return [(state, np.flatnonzero(inverse.reshape(-1) == index)) for index, state in enumerate(distinct)]

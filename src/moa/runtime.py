@@ -1,0 +1,245 @@
+"""Running a model under a plan: `apply` switches its attention to spans, and back.
+
+Nothing of the model or of transformers is replaced. Transformers' own registries carry the attention function and the
+mask function; a SpanCache hands each layer's new keys to the attention function together with itself. The one method
+that is set on the model *object* (not on its class) is transformers' hook for making a cache, since only `generate`
+knows how long the sequences will become.
+"""
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.generation import GenerationMode
+from transformers.masking_utils import AttentionMaskInterface
+
+from moa.attention import sdpa
+from moa.attention.options import AttentionOptions
+from moa.cache import SpanCache
+from moa.errors import CacheError, UnsupportedModelError
+from moa.plan import ModelIdentity, Plan
+
+NAME = "moa_span"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_PLANS: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()  # by attention module
+
+
+class AppliedPlan:
+    """A plan in force on a model; ends with `remove` or with the ``with`` block it opens."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan):
+        self.model, self.plan = model, plan
+        self._previous: str | dict[str, str] | None = None
+
+    def __enter__(self) -> "AppliedPlan":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the model its own attention back; calling it twice does no harm."""
+        if self._previous is None:
+            return
+        self.model.set_attn_implementation(self._previous)
+        self._previous = None
+        for module in self.model.modules():
+            _PLANS.pop(module, None)
+        object.__delattr__(self.model, "_prepare_cache_for_generation")
+
+    def _put_in_force(self) -> None:
+        name, text = _text_part(self.model)
+        previous = text._attn_implementation
+        self.model.set_attn_implementation(NAME if name is None else {name: NAME})
+        if text._attn_implementation != NAME:
+            raise UnsupportedModelError(
+                f"{text.model_type} models do not let their attention be exchanged (transformers keeps "
+                f"{text._attn_implementation!r}), so a plan cannot be applied to them"
+            )
+        self._previous = previous if name is None else {name: previous}
+        for module in self.model.modules():
+            if hasattr(module, "layer_idx"):
+                _PLANS[module] = self.plan
+        # on the object alone; nn.Module's types only know tensors and modules
+        object.__setattr__(self.model, "_prepare_cache_for_generation", self._prepare_cache)
+
+    def _prepare_cache(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make or grow the SpanCache of one ``generate`` call, whose rows end at ``max_cache_length + 1`` columns."""
+        if generation_config.use_cache is False or generation_config.cache_implementation is not None:
+            raise CacheError(
+                "a plan runs from a SpanCache: call generate without use_cache=False and without cache_implementation "
+                f"(given: use_cache={generation_config.use_cache}, "
+                f"cache_implementation={generation_config.cache_implementation!r})"
+            )
+        if generation_mode in (GenerationMode.ASSISTED_GENERATION, GenerationMode.DOLA_GENERATION):
+            raise UnsupportedModelError(f"{generation_mode.value} takes tokens back, which a SpanCache has evicted")
+        columns = max_cache_length + 1
+        mask = model_kwargs.get("attention_mask")  # None where nothing is padded
+        padding = 0 if mask is None else (mask == 0).sum(dim=1).cpu().numpy()
+        lengths = columns - padding
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            model_kwargs["past_key_values"] = SpanCache(self.plan, lengths)
+        elif isinstance(cache, SpanCache):
+            cache.grow(lengths)
+        else:
+            raise CacheError(f"under a plan past_key_values must be a SpanCache, not {type(cache).__name__}")
+
+
+def apply(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
+    """Make ``model`` attend by ``plan``, until the handle's ``remove`` or the end of its ``with`` block.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any decoder whose attention goes through transformers' AttentionInterface.
+    plan : Plan
+        Made for this model.
+
+    Returns
+    -------
+    AppliedPlan
+        ``with moa.apply(model, plan): model.generate(...)``.
+
+    Raises
+    ------
+    PlanError
+        If the plan is for another model.
+    UnsupportedModelError
+        If the model's attention cannot carry a plan, or a plan is already in force on it.
+    """
+    _, text = _text_part(model)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{model.config.model_type} is an encoder-decoder; plans are for decoders")
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{text.model_type} stores compressed keys (MLA), which have no KV heads to plan; plans need plain KV heads"
+        )
+    foreign = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
+    if foreign:
+        raise UnsupportedModelError(
+            f"{text.model_type} has layers of type {sorted(foreign)}; plans cover {sorted(_LAYER_TYPES)}"
+        )
+    if text._attn_implementation == NAME:
+        raise UnsupportedModelError("a plan is already in force on this model; remove it first")
+    plan.check_fits(ModelIdentity.of(model.config))
+    applied = AppliedPlan(model, plan)
+    applied._put_in_force()
+    return applied
+
+
+def _text_part(model: PreTrainedModel) -> tuple[str | None, Any]:
+    """Config of the decoder, and its name inside a composite config."""
+    text = model.config.get_text_config(decoder=True)
+    name = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
+    return name, text
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls; tensors [rows, heads, tokens, dim], mask bool [rows, tokens]."""
+    plan = _PLANS.get(module)
+    if plan is None:
+        raise UnsupportedModelError(f"attention {NAME!r} was called on a module without a plan; use moa.apply")
+    if dropout or position_bias is not None or is_causal is False:
+        raise UnsupportedModelError("plans cover causal attention without dropout and without position biases")
+    if key.shape[1] != plan.model.kv_heads:
+        raise UnsupportedModelError(
+            f"layer {module.layer_idx} has {key.shape[1]} KV heads, but the plan has rules for {plan.model.kv_heads}"
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedModelError("under a plan the attention mask must be 2-D [rows, tokens], ones for real tokens")
+    options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
+    valid = None if attention_mask is None else attention_mask.cpu().numpy()
+    handle = getattr(key, "span_cache", None)
+    if handle is not None:
+        cache, layer = handle
+        if cache.plan is not plan and cache.plan != plan:
+            raise CacheError("the SpanCache was made for another plan than the one in force; make a new cache")
+        output = cache.attend(layer, query, key, value, valid, options)
+    elif key.shape[2] != query.shape[2]:
+        raise CacheError(
+            "a cache that is not a SpanCache was used under a plan; pass past_key_values=SpanCache(plan, lengths=...), "
+            "or let generate make the cache"
+        )
+    else:
+        output = _without_cache(plan, module.layer_idx, query, key, value, valid, options)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _without_cache(
+    plan: Plan,
+    layer: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: np.ndarray | None,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of whole sequences: N is each row's own length."""
+    rows, _, tokens, _ = query.shape
+    if valid is None:
+        spans = np.repeat(plan.spans(tokens)[layer][None], rows, axis=0)
+        return sdpa.prefill(query, key, value, spans, plan.sink, options)
+    output = value.new_zeros(*query.shape[:3], value.shape[3])
+    for row in range(rows):
+        columns = torch.from_numpy(np.flatnonzero(valid[row])).to(query.device)
+        if len(columns):
+            q, k, v = (tensor[row : row + 1].index_select(2, columns) for tensor in (query, key, value))
+            spans = plan.spans(len(columns))[layer][None]
+            output[row, :, columns] = sdpa.prefill(q, k, v, spans, plan.sink, options)[0]
+    return output
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    q_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Which of the new tokens are real: bool [rows, q_length], or None if all are. No N x N mask is ever made."""
+    if not allow_is_causal_skip:
+        raise UnsupportedModelError(
+            "under a plan attention is causal with padding at most: packed sequences and masks of the model's own "
+            "(bidirectional blocks, images) are not covered"
+        )
+    if attention_mask is None:
+        return None
+    new = attention_mask[:, q_offset : q_offset + q_length]
+    if new.shape[1] != q_length:
+        raise CacheError(
+            f"the attention mask has {attention_mask.shape[1]} columns, but there are {q_offset} cached and {q_length} "
+            "new tokens, which need one each"
+        )
+    return None if new.all() else new
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

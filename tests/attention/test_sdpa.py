@@ -1,0 +1,79 @@
+"""Span attention in strips and groups equals the definition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moa.attention import sdpa
+from moa.attention.options import AttentionOptions
+from moa.attention.reference import span_attention, visible_keys
+
+
+def tensors(rows, heads, group, tokens, dim=16, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, heads * group, tokens, dim), (rows, heads, tokens, dim), (rows, heads, tokens, dim)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def test_a_query_sees_the_sink_and_its_window_and_nothing_else():
+    valid = torch.ones(1, 10, dtype=torch.bool)
+    seen = visible_keys(torch.tensor([[5]]), 2, valid, 10)[0, 0]
+    assert seen[9].nonzero().flatten().tolist() == [0, 1, 7, 8, 9]
+    assert seen[3].nonzero().flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_padding_does_not_count_as_a_token():
+    valid = torch.tensor([[False] * 3 + [True] * 7])
+    seen = visible_keys(torch.tensor([[5]]), 2, valid, 10)[0, 0]
+    assert seen[9].nonzero().flatten().tolist() == [3, 4, 7, 8, 9]
+    assert not seen[:3].any()
+
+
+def test_inside_a_sliding_window_layer_all_of_the_span_is_recent():
+    valid = torch.ones(1, 10, dtype=torch.bool)
+    assert visible_keys(torch.tensor([[8]]), 2, valid, 10, 3)[0, 0, 9].nonzero().flatten().tolist() == [7, 8, 9]
+    assert visible_keys(torch.tensor([[4]]), 2, valid, 10, 6)[0, 0, 9].nonzero().flatten().tolist() == [6, 7, 8, 9]
+
+
+def test_full_spans_are_plain_causal_attention():
+    q, k, v = tensors(2, 2, 3, 33)
+    full = torch.full((2, 2), 33)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(span_attention(q, k, v, full, 4, AttentionOptions(16**-0.5)), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    tokens=st.sampled_from([1, 2, 63, 64, 65, 255, 256, 257, 600]),
+    sink=st.sampled_from([0, 1, 64]),
+    softcap=st.sampled_from([None, 2.0]),
+    learned=st.booleans(),
+    sliding_window=st.sampled_from([None, 1, 100]),
+    data=st.data(),
+)
+def test_prefill_equals_the_definition(rows, heads, group, tokens, sink, softcap, learned, sliding_window, data):
+    spans = data.draw(
+        st.lists(st.integers(min(sink + 1, tokens), tokens), min_size=rows * heads, max_size=rows * heads)
+    )
+    spans = np.array(spans).reshape(rows, heads)
+    q, k, v = tensors(rows, heads, group, tokens)
+    logits = torch.linspace(-1, 3, heads * group, dtype=torch.float64) if learned else None
+    options = AttentionOptions(0.4, softcap, logits, sliding_window)
+    expected = span_attention(q, k, v, torch.from_numpy(spans), sink, options)
+    torch.testing.assert_close(sdpa.prefill(q, k, v, spans, sink, options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_keeps_the_dtype_and_its_accuracy(dtype):
+    q, k, v = tensors(1, 2, 2, 300)
+    spans = np.array([[128, 300]])
+    options = AttentionOptions(0.25)
+    expected = span_attention(q, k, v, torch.from_numpy(spans), 64, options)
+    got = sdpa.prefill(q.to(dtype), k.to(dtype), v.to(dtype), spans, 64, options)
+    assert got.dtype == dtype
+    assert (got.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
