@@ -16,9 +16,9 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 _ASCENT_STEPS = 80
 _PRICE_LIMIT = 1e9
-_PROGRAM_SIZES = (3_000, 12_000, 48_000)
+_PROGRAM_SIZES = (1000,4000,16000)
 _PROGRAM_NODES = 2_000
-PART=500
+PART=100;PART2=1000
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Solver:
         self.value = np.inf
         self.bound = -np.inf
         self.prices = np.zeros(len(self.limits))
-        self.cuts_choice = []
+        self.cuts_choice = []; self.cuts_menu = []
         self.settled=np.zeros(len(problem.cost),bool)
         self.fixed=np.zeros(problem.cost.shape[:2],int)
         self.cuts_cost: list[np.ndarray] = []  # each [layers]
@@ -138,7 +138,7 @@ class _Solver:
             self.bound, self.prices = bound, prices
         self.cuts_cost.append(_take(self.problem.cost, choice).sum(axis=1))
         self.cuts_usage.append(_take(self.usage, choice).sum(axis=2))
-        self.cuts_choice.append(choice)
+        self.cuts_choice.append(choice); self.cuts_menu.append(menu)
         self.offer(choice)
         return bound
 
@@ -177,6 +177,7 @@ class _Solver:
             weights = -r.ineqlin.marginals.reshape(cuts, layers)
             top = weights.argmax(axis=0)
             self.settled = weights.max(axis=0) > 0.999
+            self.fixed_menu = np.stack(self.cuts_menu)[top, np.arange(layers)]
             self.fixed = np.stack(self.cuts_choice)[top, np.arange(layers)]
             if model - self.bound <= 0.1 * self.gap * abs(self.bound) :
                 if at.max() >= box * .999 and box < _PRICE_LIMIT:
@@ -192,8 +193,9 @@ class _Solver:
         priced = self.priced(self.prices)
         values = self.menu_values(priced)
         excess = values - values.min(axis=1, keepdims=True)
-        excess[settled] = np.inf
-        layer, menu, threshold = self.lowest(excess, size)
+        if settled.any():
+            keep=self.fixed_menu[settled]; e=excess[settled].copy(); i=np.arange(len(e)); v=e[i,keep]; e[:]=np.inf; e[i,keep]=0; excess[settled]=e
+        layer, menu, threshold = self.lowest(excess, size if not isinstance(size,tuple) else size[0])
         rules = self.menus[menu]  # [columns, k]
         heads = priced.shape[1]
         options = priced[layer[:, None, None], np.arange(heads)[None, :, None], rules[:, None, :]]  # [columns, heads, k]
@@ -201,7 +203,7 @@ class _Solver:
         base = np.take_along_axis(rules, first, axis=1)  # [columns, heads]
         extra = excess[layer, menu][:, None, None] + options - options.min(axis=-1, keepdims=True)
         extra[np.arange(rules.shape[1]) == first[:, :, None]] = np.inf
-        column, head, slot, t2 = self.lowest(extra, size)
+        column, head, slot, t2 = self.lowest(extra, size if not isinstance(size,tuple) else size[1])
         threshold = min(threshold, t2)
         hs = np.arange(heads)[None]
         cost = self.problem.cost
@@ -221,14 +223,14 @@ class _Solver:
             shape=(g, n + q))
         S = 1e3
         budget = np.concatenate([y_use, z_use], axis=1) * S
-        left = self.limits - _take(self.usage, fixed)[:, settled].sum(axis=(1, 2))
+        left = self.limits
         constraints = [LinearConstraint(pick, 1, 1), LinearConstraint(budget, -np.inf, left * S)]
         if q:
             constraints.append(LinearConstraint(link, -np.inf, 0))
         c = np.concatenate([y_cost, z_cost])
         spent = _take(self.problem.cost, fixed)[settled].sum()
         rg = self.gap / 2 
-        if spent: rg = min(1,self.gap*.2 * self.bound / max(self.bound-spent, 1e-9))
+        if 0: rg = min(1,self.gap*.2 * self.bound / max(self.bound-spent, 1e-9))
         r = milp(c, integrality=np.ones(n + q), bounds=Bounds(0, 1), constraints=constraints,
                  options={"mip_rel_gap": rg, "node_limit": _PROGRAM_NODES})
         self.last = ((~settled).sum(), n, q, r.status, r.mip_node_count)
@@ -268,9 +270,9 @@ def solve(problem, gap=0.01, start=None, incumbent=None, verbose=False):
     info=[]
     v0=s.value
     s.offer(s.fixed)
-    if not s.done() and not s.settled.all():
+    if not s.done() and len(s.menus)>1:
         t=time.time()
-        _=s.program(PART, s.settled, s.fixed)
+        _=s.program((PART,PART2), s.settled, s.fixed)
         info.append(("part", s.last, s.value, round(time.time()-t,2)))
     for size in _PROGRAM_SIZES:
         if s.done():
