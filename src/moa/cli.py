@@ -1,0 +1,415 @@
+"""The command `moa`: parses, calls, prints."""
+
+import platform
+import sys
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moa.errors import InputError, MoAError
+
+# typer brings click along, under its own name in newer versions
+_UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="MoA, Mixture of Attention Spans: find how far back each attention head of an LLM needs to look, and run it "
+    "from a KV cache that stores only that.",
+)
+out = Console()
+
+
+class EstimatorName(StrEnum):
+    """`moa.search.influence.Estimator` by name, without importing torch to show a help text."""
+
+    joint = "joint"
+    paper = "paper"
+
+
+# Options that several commands share ---------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct).")]
+RunDir = Annotated[Path, typer.Option("--run-dir", help="Where the stages keep their results; a second call resumes.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The plan to write.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+DType = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Lengths = Annotated[str | None, typer.Option(help="Profile lengths, e.g. 1024,2048 (default: by the context).")]
+ValidationLength = Annotated[int | None, typer.Option(help="Length of validation (default: 1.5 x the longest).")]
+Items = Annotated[int, typer.Option(help="Calibration items per length and source.")]
+ValidationItems = Annotated[int, typer.Option(help="Held-out items per source.")]
+Mixture = Annotated[str, typer.Option(help="Calibration sources and weights.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Calibration text files (repeat the option).")]
+Dataset = Annotated[str | None, typer.Option(help="Calibration text from an HF dataset: hub name or local path.")]
+Estimate = Annotated[EstimatorName, typer.Option("--estimator", help="Joint influence, or the paper's sum of |E|.")]
+Density = Annotated[float, typer.Option(help="Stored KV over all KV, above 0 and at most 1.")]
+Constrained = Annotated[str | None, typer.Option(help="More lengths at which the density must hold (default: twice).")]
+RulesPerLayer = Annotated[int | None, typer.Option(help="At most so many rules in a layer (the paper: 2).")]
+Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled or paper.")]
+Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
+PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
+
+DEFAULT_RUN = Path("runs/search")
+DEFAULT_MIXTURE = "retrieval=1,summary=1"
+
+
+def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise InputError(f"{option} {text!r}: expected positive whole numbers with commas, such as 1024,2048")
+    return values
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        weights = {}
+    if not weights or min(weights.values()) <= 0:
+        raise InputError(f"--mixture {text!r}: expected sources with weights above 0, such as {DEFAULT_MIXTURE}")
+    return weights
+
+
+def _text(files: list[Path] | None, dataset: str | None) -> Any:
+    from moa.search.text import default_text, text_from_dataset, text_from_files
+
+    if files and dataset:
+        raise InputError("--text and --dataset were both given; choose one")
+    if files:
+        return text_from_files(files)
+    return text_from_dataset(dataset) if dataset else default_text()
+
+
+def _load(model: str, dtype: str, device: str, quiet: bool) -> Any:
+    from moa.models import load_model
+    from moa.progress import Progress
+
+    return load_model(model, dtype, device, Progress(quiet))
+
+
+def _run(folder: Path, quiet: bool) -> Any:
+    from moa.progress import Progress
+    from moa.search.pipeline import Run
+
+    return Run(folder, Progress(quiet))
+
+
+# The search ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def search(
+    model: Model,
+    output: Output,
+    density: Density = 0.5,
+    lengths: Lengths = None,
+    items: Items = 8,
+    mixture: Mixture = DEFAULT_MIXTURE,
+    text: TextFiles = None,
+    dataset: Dataset = None,
+    validation_length: ValidationLength = None,
+    validation_items: ValidationItems = 4,
+    estimator: Estimate = EstimatorName.joint,
+    constrained: Constrained = None,
+    rules_per_layer: RulesPerLayer = None,
+    grid: Grid = "scaled",
+    points: Points = 5,
+    seed: Seed = 0,
+    run_dir: RunDir = DEFAULT_RUN,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find a plan for a model: calibrate, profile, optimize, validate. Resumes what the run directory holds."""
+    from moa.progress import Progress
+    from moa.search.influence import Estimator
+    from moa.search.pipeline import BudgetConfig, DataConfig
+    from moa.search.pipeline import search as run_search
+
+    data = DataConfig(
+        _numbers(lengths, "--lengths"), validation_length, items, validation_items, _weights(mixture), seed
+    )
+    budget = BudgetConfig(density, _numbers(constrained, "--constrained"), rules_per_layer, grid, points)
+    source = _text(text, dataset)
+    plan = run_search(
+        _load(model, dtype, device, quiet), source, run_dir, data, budget, Estimator(estimator.value), Progress(quiet)
+    )
+    plan.save(output)
+    _announce(plan, output)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    lengths: Lengths = None,
+    items: Items = 8,
+    mixture: Mixture = DEFAULT_MIXTURE,
+    text: TextFiles = None,
+    dataset: Dataset = None,
+    validation_length: ValidationLength = None,
+    validation_items: ValidationItems = 4,
+    seed: Seed = 0,
+    run_dir: RunDir = DEFAULT_RUN,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """First stage: build items whose answers the dense model writes itself."""
+    from moa.search.pipeline import DataConfig, run_calibrate
+
+    data = DataConfig(
+        _numbers(lengths, "--lengths"), validation_length, items, validation_items, _weights(mixture), seed
+    )
+    source = _text(text, dataset)
+    result, _ = run_calibrate(_run(run_dir, quiet), _load(model, dtype, device, quiet), source, data)
+    for (length, name), members in sorted(result.profile.items.items()):
+        out.print(f"{len(members)} items of {length} tokens: {name}")
+
+
+@app.command()
+def profile(
+    model: Model,
+    estimator: Estimate = EstimatorName.joint,
+    run_dir: RunDir = DEFAULT_RUN,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Second stage: measure every head's loss for every window, by gradients on the calibrated items."""
+    from moa.search.influence import Estimator
+    from moa.search.pipeline import calibrated, run_profile
+
+    run = _run(run_dir, quiet)
+    loaded = _load(model, dtype, device, quiet)
+    calibration, key = calibrated(run, loaded)
+    tables, _ = run_profile(run, loaded, calibration, key, Estimator(estimator.value))
+    for (length, name), table in sorted(tables.tables.items()):
+        out.print(f"N = {length}, {name}: {table.shape[0]} layers x {table.shape[1]} heads x {table.shape[2]} windows")
+
+
+@app.command()
+def optimize(
+    density: Density = 0.5,
+    constrained: Constrained = None,
+    rules_per_layer: RulesPerLayer = None,
+    grid: Grid = "scaled",
+    points: Points = 5,
+    mixture: Mixture = DEFAULT_MIXTURE,
+    run_dir: RunDir = DEFAULT_RUN,
+    quiet: Quiet = False,
+) -> None:
+    """Third stage: choose a rule for every KV head within the budget; several Pareto plans."""
+    from moa.search.pipeline import BudgetConfig, profiled, run_optimize
+
+    run = _run(run_dir, quiet)
+    tables, key, identity = profiled(run)
+    budget = BudgetConfig(density, _numbers(constrained, "--constrained"), rules_per_layer, grid, points)
+    plans, _ = run_optimize(run, tables, key, identity, _weights(mixture), budget)
+    table = Table(title=f"{len(plans)} Pareto plans at density {density}")
+    lengths = list(plans[0].provenance["predicted_losses"])
+    for column in ("plan", *(f"loss at {length}" for length in lengths), "solver gap"):
+        table.add_column(column, justify="right")
+    for index, plan in enumerate(plans):
+        losses = (f"{plan.provenance['predicted_losses'][length]:.4g}" for length in lengths)
+        table.add_row(str(index), *losses, f"{plan.provenance['solver_gap']:.2%}")
+    out.print(table)
+
+
+@app.command()
+def validate(
+    model: Model,
+    output: Output,
+    run_dir: RunDir = DEFAULT_RUN,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Last stage: run every Pareto plan on held-out items and write the best one."""
+    from moa.search.pipeline import calibrated, optimized, run_validate
+
+    run = _run(run_dir, quiet)
+    plans, key = optimized(run)
+    loaded = _load(model, dtype, device, quiet)
+    calibration, _ = calibrated(run, loaded)
+    plan, rows = run_validate(run, loaded, plans, calibration.validation, key)
+    plan.save(output)
+    table = Table(title="Loss of the dense model's answers, nats a token")
+    for column in ("plan", "mean", *rows[0].by_source):
+        table.add_column(column, justify="right")
+    for row in rows:
+        name = "dense" if row.plan < 0 else str(row.plan)
+        table.add_row(name, f"{row.loss:.4f}", *(f"{loss:.4f}" for loss in row.by_source.values()))
+    out.print(table)
+    _announce(plan, output)
+
+
+def _announce(plan: Any, output: Path) -> None:
+    budget = plan.provenance["densities"]
+    densities = ", ".join(f"{density:.3f} at {length}" for length, density in budget.items())
+    out.print(f"Wrote {output}: density {densities}", highlight=False)
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def show(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    lengths: Annotated[str, typer.Option(help="Sequence lengths for the table.")] = "2048,4096,8192,16384,32768",
+    at: Annotated[int, typer.Option("--at", help="Sequence length of the heat map.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="dtype of the KV cache for the table.")] = "bfloat16",
+) -> None:
+    """Draw a plan: spans by layer and head, density and KV bytes at several lengths."""
+    import torch
+
+    from moa.plan import Plan
+    from moa.report.terminal import costs, heat_map
+
+    loaded = Plan.load(plan)
+    wanted = _numbers(lengths, "--lengths")
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise InputError(f"--dtype {dtype!r} is not a torch dtype, such as bfloat16")
+    if at < 1:
+        raise InputError(f"--at {at}: expected a positive length")
+    assert wanted is not None
+    out.print(f"{plan}: {loaded.model}", highlight=False)
+    out.print(heat_map(loaded, at))
+    out.print(costs(loaded, wanted, kind))
+
+
+@app.command()
+def convert(
+    published: Annotated[Path, typer.Argument(help='A plan of the published code: {"alphas": ..., "betas": ...}.')],
+    model: Annotated[str, typer.Option("--model", help="The model it is for (only its config is read).")],
+    output: Output,
+) -> None:
+    """Import a plan in the published format."""
+    from moa.files import read_json
+    from moa.models import load_config
+    from moa.plan import ModelIdentity, Plan
+
+    plan = Plan.from_published(read_json(published), ModelIdentity.of(load_config(model)))
+    plan.save(output)
+    out.print(f"Wrote {output}: density {plan.density(8192):.3f} at 8192", highlight=False)
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    model: Model,
+    plan: PlanFile,
+    prompt: Annotated[str, typer.Option(help="The user's message, or - to read it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Answer one message under a plan, streaming."""
+    from moa.chat import Conversation
+    from moa.plan import Plan
+
+    rules = Plan.load(plan)
+    message = sys.stdin.read() if prompt == "-" else prompt
+    conversation = Conversation(_load(model, dtype, device, quiet), rules, max_new_tokens)
+    for piece in conversation.say(message):
+        print(piece, end="", flush=True)
+    print()
+    _note(quiet, conversation.usage())
+
+
+@app.command()
+def chat(
+    model: Model,
+    plan: PlanFile,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Talk to a model under a plan, all turns on one cache; an empty line ends."""
+    from moa.chat import Conversation
+    from moa.plan import Plan
+
+    conversation = Conversation(_load(model, dtype, device, quiet), Plan.load(plan), max_new_tokens)
+    while True:
+        try:
+            message = input("you> ")
+        except EOFError:
+            break
+        if not message.strip():
+            break
+        for piece in conversation.say(message):
+            print(piece, end="", flush=True)
+        print()
+        _note(quiet, conversation.usage())
+
+
+def _note(quiet: bool, text: str) -> None:
+    if not quiet:
+        Console(stderr=True).print(f"[dim]{text}[/dim]", highlight=False)
+
+
+@app.command("env")
+def environment() -> None:
+    """What this installation runs on."""
+    import torch
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("moa-spans", _version("moa-spans"))
+    table.add_row("python", platform.python_version())
+    for name in ("torch", "transformers", "triton", "numpy", "scipy"):
+        table.add_row(name, _version(name))
+    table.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    table.add_row("gpu", ", ".join(gpus) or "none")
+    table.add_row("attention", "PyTorch operators (moa.attention.sdpa)")
+    out.print(table, highlight=False)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors meant for people are one line and exit code 1; ``--debug`` shows where they come from."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    complaints = Console(stderr=True)
+    try:
+        code = app(args=given, standalone_mode=False, prog_name="moa")
+    except _UsageError as error:
+        if debug:
+            raise
+        complaints.print(f"error: {error.format_message()} (see --help)", markup=False, highlight=False, soft_wrap=True)  # type: ignore[attr-defined]
+        sys.exit(2)
+    except MoAError as error:
+        if debug:
+            raise
+        complaints.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        if debug:
+            raise
+        complaints.print("interrupted; finished work is kept, run the same command again to go on", highlight=False)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

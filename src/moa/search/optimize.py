@@ -1,0 +1,423 @@
+"""From loss tables to plans: which elastic rule each KV head takes, for a density budget.
+
+Every profile length is an objective of its own, so the answer is a set of plans of which none is better everywhere
+(the paper's multi-objective program): solve each objective alone for the ranges of the others, cut the ranges in
+points, and solve each objective again with the others held below every combination of their points.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+from scipy.optimize import linprog
+
+from moa.errors import InfeasibleBudgetError, InputError
+from moa.plan import BLOCK, SINK, ElasticRule, check_density, elastic_spans
+from moa.progress import SILENT, Progress
+from moa.search.assignment import Assignment, AssignmentProblem, assign
+
+_SOLVE_SHARE = 0.8  # of the gap allowed to a plan: what its solve may leave, the rest is for breaking ties
+_TIE_SHARE = 0.1  # of the gap allowed to a plan: what the other objectives weigh together in a solve
+_SLACK = 1 + 1e-9  # on limits of losses, so that the plan that set a limit meets it whatever the order of summing
+
+
+@dataclass(frozen=True)
+class RuleGrid:
+    """The elastic rules among which every head chooses."""
+
+    rules: tuple[ElasticRule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise InputError("the rule grid is empty: give at least one ElasticRule")
+
+    @classmethod
+    def paper(cls) -> "RuleGrid":
+        """The paper's 54 rules: 6 values of alpha over [-2048, 8192], 9 of beta over [0, 1]."""
+        return cls(_product(np.linspace(-2048, 8192, 6), np.linspace(0, 1, 9)))
+
+    @classmethod
+    def scaled(cls, longest: int, sink: int = SINK, block: int = BLOCK) -> "RuleGrid":
+        """Some two hundred rules that scale with the longest profile length.
+
+        Constant spans, finer where they are short, from the shortest there is; and alpha + beta * N, with beta in
+        steps of 1/32 up to 1/4 and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to
+        ``longest / 2``. The full rule (0, 1) is one of them.
+        """
+        shortest = sink + block
+        steps = {step * block << power for power in range(longest.bit_length()) for step in (2, 3)}
+        constants = [shortest, *sorted(alpha for alpha in steps if shortest < alpha < longest)]
+        shifts = {sign * block * round(longest * part / block) for part in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2) for sign in (-1, 1)}
+        slopes = [step / 32 for step in range(1, 8)] + [step / 16 for step in range(4, 17)]
+        return cls(_product(constants, [0.0]) + _product(sorted(shifts), slopes))
+
+
+def _product(alphas: Iterable[float], betas: Sequence[float]) -> tuple[ElasticRule, ...]:
+    return tuple(ElasticRule(float(alpha), float(beta)) for alpha, beta in itertools.product(alphas, betas))
+
+
+@dataclass(frozen=True)
+class OptimizeConfig:
+    """What a plan may cost and how it is searched.
+
+    Attributes
+    ----------
+    density : float
+        Largest mean over heads of span(N) / N, at every constrained length.
+    lengths_constrained : tuple of int or None
+        Lengths N that must meet the density besides the profile lengths; None: twice the longest profile length.
+    rules_per_layer : int or None
+        At most so many distinct rules in a layer: 1, 2 (the paper), or None for any number.
+    points : int
+        Points in which the range of each objective is cut.
+    grid : RuleGrid or None
+        None: `RuleGrid.scaled` of the longest profile length.
+    gap : float
+        Relative distance from the optimum that a plan may have.
+    sink, block : int
+        As in `moa.plan.Plan`.
+    """
+
+    density: float
+    lengths_constrained: tuple[int, ...] | None = None
+    rules_per_layer: int | None = None
+    points: int = 5
+    grid: RuleGrid | None = None
+    gap: float = 0.01
+    sink: int = SINK
+    block: int = BLOCK
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        if self.rules_per_layer not in (None, 1, 2):
+            raise InputError(
+                f"rules_per_layer {self.rules_per_layer} is not possible: give 1 or 2, or None for any number"
+            )
+        if self.points < 1:
+            raise InputError(f"points {self.points} is not possible: give at least 1")
+        if not 0 < self.gap < 1:
+            raise InputError(f"gap {self.gap} is not possible: give a share between 0 and 1, such as 0.01")
+        if self.sink < 0 or self.block < 1:
+            raise InputError(f"sink {self.sink} and block {self.block} must be at least 0 and 1")
+        if min(self.lengths_constrained or (1,)) < 1:
+            raise InputError(f"lengths_constrained {self.lengths_constrained} must be token counts of at least 1")
+
+
+@dataclass(frozen=True)
+class ParetoPlan:
+    """One plan of the answer.
+
+    Attributes
+    ----------
+    alpha, beta : float64 [layers, kv_heads]
+        The rule of each head (see `moa.plan.elastic_spans`).
+    losses : dict[int, float]
+        For each profile length, the sum of its heads' losses.
+    densities : dict[int, float]
+        For each constrained length, the mean over heads of span(N) / N.
+    gap : float
+        Certified: in the objective the plan was solved for, no plan within the same limits is better by more than
+        this share of the loss.
+    """
+
+    alpha: np.ndarray
+    beta: np.ndarray
+    losses: dict[int, float]
+    densities: dict[int, float]
+    gap: float
+
+
+def optimize(
+    losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress: Progress = SILENT
+) -> list[ParetoPlan]:
+    """Plans within the density budget, none of which is worse than another at every profile length.
+
+    Plans closer to each other than ``config.gap`` at every length count as one. Deterministic.
+
+    Parameters
+    ----------
+    losses : mapping from profile length N to float64 [layers, kv_heads, windows]
+        Entry w is the loss of a head whose window is ``block * (w + 1)`` tokens; windows = max(1, ceil((N - sink) /
+        block)). A span that covers all of N has no loss.
+    config : OptimizeConfig
+    progress : Progress
+
+    Returns
+    -------
+    list of ParetoPlan
+        By rising loss at the shortest profile length; one plan if there is one profile length.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If even the cheapest rules take more than the density; its ``nearest`` says what can be met.
+    InputError
+        If a table is missing, of the wrong shape, negative or not finite.
+    """
+    tables = _checked(losses, config)
+    lengths = tuple(tables)
+    extra = (2 * lengths[-1],) if config.lengths_constrained is None else config.lengths_constrained
+    grid = config.grid or RuleGrid.scaled(lengths[-1], config.sink, config.block)
+    rules = _Rules.of(grid, sorted({*lengths, *extra}), config)
+    cost = np.stack([rules.losses(length, table, config) for length, table in tables.items()])
+    search = _Search(cost, rules, config)
+    return [
+        ParetoPlan(
+            alpha=rules.alpha[found.choice],
+            beta=rules.beta[found.choice],
+            losses=dict(zip(lengths, found.values.tolist(), strict=True)),
+            densities={
+                length: _density(spans[found.choice].sum(), found.choice.size, length)
+                for length, spans in rules.spans.items()
+            },
+            gap=found.gap,
+        )
+        for found in search.run(progress)
+    ]
+
+
+def _checked(losses: Mapping[int, np.ndarray], config: OptimizeConfig) -> dict[int, np.ndarray]:
+    """The tables as float64, by rising length, or an `InputError`."""
+    if not losses:
+        raise InputError("no loss tables: profile at least one length before optimizing")
+    tables = {length: np.asarray(losses[length], dtype=np.float64) for length in sorted(losses)}
+    heads = next(iter(tables.values())).shape[:2]
+    for length, table in tables.items():
+        if length < 1:
+            raise InputError(f"profile length {length} is not possible: give a token count of at least 1")
+        windows = max(1, -(-(length - config.sink) // config.block))
+        if table.ndim != 3 or table.size == 0 or table.shape != (*heads, windows):
+            raise InputError(
+                f"the loss table of length {length} has shape {table.shape}, expected (layers, KV heads, {windows}) "
+                f"with the same layers and heads at every length and sink {config.sink}, block {config.block}"
+            )
+        if not np.isfinite(table).all() or table.min() < 0:
+            raise InputError(
+                f"the loss table of length {length} holds values that are negative or not finite; profile again "
+                "(float32 overflows where a model is run in float16)"
+            )
+    return tables
+
+
+def _density(total_span: float, heads: int, length: int) -> float:
+    """As `Plan.density` computes it, to the last bit."""
+    return float(total_span / heads / length)
+
+
+def _largest_total(density: float, heads: int, length: int) -> int:
+    """The most tokens that all heads may store together, so that their density is not above ``density``."""
+    total = int(density * heads * length) + 1
+    while _density(total, heads, length) > density:
+        total -= 1
+    return total
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """Rules that differ at some constrained length, by rising cost: alpha, beta [rules], spans[N] int64 [rules]."""
+
+    alpha: np.ndarray
+    beta: np.ndarray
+    spans: dict[int, np.ndarray]
+
+    @classmethod
+    def of(cls, grid: RuleGrid, lengths: Sequence[int], config: OptimizeConfig) -> "_Rules":
+        alpha = np.array([rule.alpha for rule in grid.rules])
+        beta = np.array([rule.beta for rule in grid.rules])
+        if not (np.isfinite(alpha).all() and np.isfinite(beta).all()):
+            raise InputError("the rule grid holds an alpha or beta that is not a finite number")
+        spans = np.stack([elastic_spans(alpha, beta, length, config.sink, config.block) for length in lengths])
+        # Of rules with equal spans at all these lengths the one with the smallest shift stays: its density changes
+        # least beyond them.
+        order = np.lexsort((beta, alpha, np.abs(alpha), (spans / np.array(lengths)[:, None]).sum(axis=0)))
+        _, first = np.unique(spans[:, order], axis=1, return_index=True)
+        order = order[np.sort(first)]
+        return cls(alpha[order], beta[order], {length: row[order] for length, row in zip(lengths, spans, strict=True)})
+
+    def losses(self, length: int, table: np.ndarray, config: OptimizeConfig) -> np.ndarray:
+        """Loss of every rule at one length, [layers, heads, rules]."""
+        spans = self.spans[length]
+        entry = np.clip((spans - config.sink) // config.block - 1, 0, table.shape[-1] - 1)
+        return np.where(spans >= length, 0.0, table[..., entry])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A choice of rules [layers, heads], its loss at every profile length, and the gap certified for it."""
+
+    choice: np.ndarray
+    values: np.ndarray
+    gap: float
+
+
+class _Search:
+    """The epsilon-constraint method over one set of rules; ``cost`` is float64 [objectives, layers, heads, rules]."""
+
+    def __init__(self, cost: np.ndarray, rules: _Rules, config: OptimizeConfig):
+        self.cost, self.config = cost, config
+        self.objectives, layers, heads, _ = cost.shape
+        self.spans = np.stack(list(rules.spans.values())).astype(np.float64)  # [lengths, rules]
+        totals = [_largest_total(config.density, layers * heads, length) for length in rules.spans]
+        self.budgets = np.array(totals, dtype=np.float64)
+        _refuse_tight_budget(rules.spans, self.budgets, config.density, layers * heads)
+        self.lengths = np.array(list(rules.spans))
+        self.within = np.flatnonzero((self.spans * layers * heads <= self.budgets[:, None]).all(axis=0))
+        self.undominated = _undominated(cost, self.spans, config.rules_per_layer)
+        self.found: list[_Found] = []
+
+    def run(self, progress: Progress) -> list[_Found]:
+        alone = progress.track(range(self.objectives), "Optimize, each length alone")
+        bounds = np.array([self.solve_alone(objective) for objective in alone])
+        if self.objectives > 1:
+            self.solve_between(bounds, progress)
+        return self.non_dominated()
+
+    def solve_alone(self, objective: int) -> float:
+        """Find the plan that is best at one length and, as far as that leaves a choice, good at the others.
+
+        Returns the lower bound of the loss at that length.
+        """
+        weights = np.eye(self.objectives)[objective]
+        unlimited = np.full(self.objectives, np.inf)
+        best = self.assign(weights, unlimited)
+        if best.choice is None:
+            _refuse_joint_budget(self.spans, self.lengths, self.config.density)
+        choice = best.choice
+        if self.objectives > 1:
+            # Rules that differ only at other lengths are equal so far; half of the gap is theirs to use.
+            upper = unlimited.copy()
+            upper[objective] = _SLACK * max(best.value, best.bound / (1 - self.config.gap / 2))
+            scale = self.cost.max(axis=-1).sum(axis=(1, 2))
+            others = np.where(weights > 0, 0.0, 1 / np.where(scale > 0, scale, 1.0))
+            choice = self.assign(others, upper, choice).choice
+        self.keep(choice, objective, best.bound)
+        return best.bound
+
+    def solve_between(self, bounds: np.ndarray, progress: Progress) -> None:
+        """Solve each objective with every combination of limits on the others, from loose to tight."""
+        ends = np.stack([found.values for found in self.found])
+        ideal, nadir = ends.min(axis=0), ends.max(axis=0)
+        limits = np.linspace(nadir, ideal, self.config.points) * _SLACK
+        targets = [
+            (objective, np.insert(np.array(others), objective, np.inf))
+            for objective in range(self.objectives)
+            for others in itertools.product(*np.delete(limits, objective, axis=1).T)
+        ]
+        solved: list[tuple[int, np.ndarray, np.ndarray]] = [
+            (objective, np.full(self.objectives, np.inf), found.values) for objective, found in enumerate(self.found)
+        ]
+        for objective, upper in progress.track(targets, "Optimize, all lengths together"):
+            # A looser problem without an answer, or whose answer is within these limits, settles this one.
+            if any(
+                objective == other and (upper <= looser).all() and (values <= upper).all()
+                for other, looser, values in solved
+            ):
+                continue
+            # The other losses break ties, with weights too small to spoil what is certified.
+            share = _TIE_SHARE * self.config.gap / (self.objectives - 1)
+            weights = share * ideal[objective] / np.where(nadir > 0, nadir, 1.0)
+            weights[objective] = 1.0
+            others = np.arange(self.objectives) != objective
+            within = [found for found in self.found if (found.values <= upper).all()]
+            start = min(within, key=lambda found: float(weights @ found.values)).choice if within else None
+            answer = self.assign(weights, upper, start)
+            if answer.choice is None:
+                solved.append((objective, upper, np.zeros(self.objectives)))
+                continue
+            bound = max(bounds[objective], answer.bound - weights[others] @ upper[others])
+            solved.append((objective, upper, self.keep(answer.choice, objective, bound)))
+
+    def assign(self, weights: np.ndarray, upper: np.ndarray, start: np.ndarray | None = None) -> Assignment:
+        """Minimise the weighted losses within the budgets, every loss at most ``upper``; both [objectives]."""
+        limited = np.isfinite(upper)
+        cost = np.tensordot(weights, self.cost, 1)
+        spans = np.broadcast_to(self.spans[:, None, None, :], (len(self.spans), *cost.shape))
+        counts = limited | (weights > 0)
+        problem = AssignmentProblem(
+            cost=cost,
+            usage=np.concatenate([spans, self.cost[limited]]),
+            limits=np.concatenate([self.budgets, upper[limited]]),
+            allowed=self.undominated
+            if counts.all()
+            else _undominated(self.cost[counts], self.spans, self.config.rules_per_layer),
+            rules_per_layer=self.config.rules_per_layer,
+        )
+        if start is None and not limited.any() and len(self.within):
+            best = self.within[cost[..., self.within].sum(axis=(0, 1)).argmin()]
+            start = np.full(cost.shape[:2], best)
+        return assign(problem, _SOLVE_SHARE * self.config.gap, start)
+
+    def keep(self, choice: np.ndarray, objective: int, bound: float) -> np.ndarray:
+        """Remember an answer; returns its losses [objectives]."""
+        layer, head = np.ogrid[: choice.shape[0], : choice.shape[1]]
+        values = self.cost[:, layer, head, choice].sum(axis=(1, 2))
+        value = values[objective]
+        self.found.append(_Found(choice, values, max(0.0, float(value - bound)) / value if value > 0 else 0.0))
+        return values
+
+    def non_dominated(self) -> list[_Found]:
+        """The answers of which none is worse than another everywhere, without those that a neighbour stands for."""
+        found = sorted(self.found, key=lambda answer: (*answer.values, answer.gap))
+        values = np.stack([answer.values for answer in found])
+        worse = [
+            any((v <= own).all() and ((v < own).any() or i < index) for i, v in enumerate(values))
+            for index, own in enumerate(values)
+        ]
+        front = np.flatnonzero(~np.array(worse))
+        best = front[values[front].argmin(axis=0)]
+        kept: list[int] = list(dict.fromkeys(best.tolist()))
+        scale = np.where(values[best].max(axis=0) > 0, values[best].max(axis=0), 1.0)
+        for index in sorted(front.tolist(), key=lambda i: float((values[i] / scale).sum())):
+            if not any((values[i] <= (1 + self.config.gap) * values[index]).all() for i in kept):
+                kept.append(index)
+        return [found[index] for index in sorted(kept)]
+
+
+def _undominated(cost: np.ndarray, spans: np.ndarray, rules_per_layer: int | None) -> np.ndarray:
+    """Where no other rule is at most as costly at every length and loses at most as much in every objective.
+
+    ``cost`` [objectives, layers, heads, rules], ``spans`` [lengths, rules], no two alike; returns bool [layers, heads,
+    rules]. Where rules per layer are limited, the other rule must be as good for all heads of the layer.
+    """
+    keep = np.ones(cost.shape[1:], dtype=bool)
+    for rule in range(spans.shape[1]):
+        cheaper = np.flatnonzero((spans <= spans[:, [rule]]).all(axis=0) & (np.arange(spans.shape[1]) != rule))
+        better = (cost[..., cheaper] <= cost[..., [rule]]).all(axis=0)
+        if rules_per_layer is not None:
+            better = better.all(axis=1, keepdims=True)
+        keep[..., rule] = ~better.any(axis=-1)
+    return keep
+
+
+def _refuse_tight_budget(spans: Mapping[int, np.ndarray], budgets: np.ndarray, density: float, heads: int) -> None:
+    """Raise if even the cheapest rule at some length is above its budget."""
+    nearest = {length: _density(int(row.min()) * heads, heads, length) for length, row in spans.items()}
+    if any(row.min() * heads > budget for row, budget in zip(spans.values(), budgets, strict=True)):
+        least = ", ".join(f"{value:.4f} at {length}" for length, value in nearest.items())
+        raise InfeasibleBudgetError(
+            f"density {density} cannot be met: the cheapest rules already take {least} tokens; ask for at least "
+            f"{max(nearest.values()):.4f}, constrain longer lengths only, or use a smaller sink or block",
+            nearest,
+        )
+
+
+def _refuse_joint_budget(spans: np.ndarray, lengths: np.ndarray, density: float) -> NoReturn:
+    """Raise because each budget can be met, but not all by one plan; mixes of rules say what could be."""
+    densities = spans / lengths[:, None]
+    count = densities.shape[1]
+    mix = linprog(
+        np.append(np.zeros(count), 1.0),
+        A_ub=np.hstack([densities, -np.ones((len(lengths), 1))]),
+        b_ub=np.zeros(len(lengths)),
+        A_eq=np.append(np.ones(count), 0.0)[None],
+        b_eq=[1.0],
+        method="highs",
+    )
+    nearest = {int(length): float(mix.fun) for length in lengths}
+    raise InfeasibleBudgetError(
+        f"density {density} cannot be met at {', '.join(map(str, nearest))} tokens by one plan of this rule grid; ask "
+        f"for at least {mix.fun:.4f}, or add rules that are short at all of these lengths",
+        nearest,
+    )

@@ -1,0 +1,357 @@
+"""The four stages in order, in a run directory that remembers what is done.
+
+    text -> calibrate -> profile -> optimize -> validate -> plan
+
+Each stage is a function from the last stage's result to the next. Its result lies in a folder of its own beside a
+manifest, whose key is a hash of everything the result depends on, the key of the stage before included. A stage whose
+key stands in its manifest is read instead of run, so a second call resumes, and a changed setting redoes what depends
+on it and nothing else.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+from moa.errors import InputError
+from moa.files import read_json, write_json
+from moa.models import LoadedModel
+from moa.plan import ModelIdentity, Plan, check_density
+from moa.progress import SILENT, Progress
+from moa.search.calibrate import CalibrateConfig, CalibrationSet, calibrate
+from moa.search.influence import Estimator
+from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
+from moa.search.profile import Profile, ProfileConfig, kv_losses, profile
+from moa.search.text import TextSource, split_text
+from moa.search.validate import ValidationRow, best, validate
+
+T = TypeVar("T")
+_HELD_OUT = 0.25  # share of the text that only validation sees
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is calibrated and validated on.
+
+    Attributes
+    ----------
+    lengths : tuple of int, optional
+        Profile lengths; by default L/4, L/2 and L with L = 8192, or less where the model's context is shorter.
+    validation_length : int, optional
+        By default half as long again as the longest profile length.
+    items, validation_items : int
+        Items per length and source.
+    weights : dict
+        Calibration sources, and the weight of each one's loss table in the sum.
+    seed : int
+    """
+
+    lengths: tuple[int, ...] | None = None
+    validation_length: int | None = None
+    items: int = 8
+    validation_items: int = 4
+    weights: Mapping[str, float] = field(default_factory=lambda: {"retrieval": 1.0, "summary": 1.0})
+    seed: int = 0
+
+    def resolved(self, context_length: int) -> "DataConfig":
+        """With lengths for a model of this context.
+
+        Raises
+        ------
+        InputError
+            If a length is beyond the context, or nothing is asked for.
+        """
+        lengths = self.lengths
+        if lengths is None:
+            longest = min(8192, 64 * int(context_length / 1.5 // 64))
+            lengths = tuple(sorted({64 * (longest // share // 64) for share in (4, 2, 1)}))
+        validation = self.validation_length or 64 * round(1.5 * max(lengths) / 64)
+        if self.validation_length is None:
+            validation = min(validation, context_length)
+        for length in (*lengths, validation):
+            if length > context_length:
+                raise InputError(
+                    f"length {length} is beyond the model's context of {context_length} tokens; give shorter --lengths"
+                )
+        if not lengths or self.items < 1 or self.validation_items < 1:
+            raise InputError("a search needs at least one length, one item and one validation item")
+        return replace(self, lengths=tuple(sorted(set(lengths))), validation_length=validation)
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What the plan may cost.
+
+    Attributes
+    ----------
+    density : float
+        Stored KV tokens over all KV tokens, at every constrained length.
+    constrained : tuple of int, optional
+        Lengths beside the profile lengths at which the density must hold; by default twice the longest.
+    rules_per_layer : int, optional
+        At most so many distinct rules in a layer (the paper: 2).
+    grid : str
+        "scaled" or "paper".
+    points : int
+        Cuts of each objective's range.
+    """
+
+    density: float = 0.5
+    constrained: tuple[int, ...] | None = None
+    rules_per_layer: int | None = None
+    grid: str = "scaled"
+    points: int = 5
+
+
+class Run:
+    """A run directory."""
+
+    def __init__(self, folder: Path, progress: Progress = SILENT):
+        self.folder, self.progress = folder, progress
+
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], read: Callable[[Path], T], compute: Callable[[Path], T]
+    ) -> tuple[T, str]:
+        """Result of a stage, read if it is done for these inputs, else computed (``compute`` writes it too).
+
+        Returns
+        -------
+        (result, key of the result)
+        """
+        canonical = json.loads(json.dumps(inputs, sort_keys=True, default=str))
+        key = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self.folder / name
+        manifest = folder / "manifest.json"
+        if manifest.is_file() and read_json(manifest).get("key") == key:
+            self.progress.say(f"{name}: already done, read from {folder}")
+            return read(folder), key
+        manifest.unlink(missing_ok=True)  # from here on the folder's result is not that of the old key
+        started = time.perf_counter()
+        result = compute(folder)
+        seconds = round(time.perf_counter() - started, 2)
+        write_json(manifest, {"key": key, "seconds": seconds, "inputs": canonical})
+        return result, key
+
+    def finished(self, name: str) -> tuple[dict[str, Any], str]:
+        """What a finished stage was computed from, and its key.
+
+        Raises
+        ------
+        InputError
+            If the stage has not been run here.
+        """
+        manifest = self.folder / name / "manifest.json"
+        if not manifest.is_file():
+            raise InputError(f"{self.folder} holds no finished {name} stage; run `moa {name}` (or `moa search`) first")
+        found = read_json(manifest)
+        return found["inputs"], found["key"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Result of the calibrate stage, for both later uses."""
+
+    profile: CalibrationSet
+    validation: CalibrationSet
+
+    def save(self, folder: Path) -> None:
+        self.profile.save(folder / "items.safetensors")
+        self.validation.save(folder / "validation.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Calibration":
+        return cls(
+            CalibrationSet.load(folder / "items.safetensors"), CalibrationSet.load(folder / "validation.safetensors")
+        )
+
+
+def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataConfig) -> tuple[Calibration, str]:
+    """First stage: items for profiling, and held-out items for validation from another part of the text."""
+    data = data.resolved(loaded.context_length)
+    assert data.lengths is not None
+    assert data.validation_length is not None
+    inputs = {
+        "model": asdict(loaded.identity),
+        "name": loaded.name,
+        "dtype": str(loaded.model.dtype),
+        "text": text.description,
+        "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
+        "data": asdict(replace(data, weights=sorted(data.weights))),  # type: ignore[arg-type]
+    }
+
+    def compute(folder: Path) -> Calibration:
+        for_profile, held_out = split_text(text.text, (1 - _HELD_OUT, _HELD_OUT))
+        sources = tuple(sorted(data.weights))
+        settings = CalibrateConfig(data.lengths, data.items, sources, seed=data.seed)
+        again = CalibrateConfig((data.validation_length,), data.validation_items, sources, seed=data.seed + 1)
+        result = Calibration(
+            calibrate(loaded, for_profile, settings, run.progress), calibrate(loaded, held_out, again, run.progress)
+        )
+        result.save(folder)
+        return result
+
+    return run.stage("calibrate", inputs, Calibration.load, compute)
+
+
+def run_profile(
+    run: Run, loaded: LoadedModel, calibration: Calibration, upstream: str, estimator: Estimator
+) -> tuple[Profile, str]:
+    """Second stage: loss tables by real gradients; resumes item by item."""
+    inputs = {"calibrate": upstream, "estimator": str(estimator)}
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+    def compute(folder: Path) -> Profile:
+        partial = folder / f"items-{key}"
+        result = profile(loaded, calibration.profile, ProfileConfig(estimator), run.progress, partial)
+        result.save(folder / "tables.safetensors")
+        return result
+
+    return run.stage("profile", inputs, _load_profile, compute)
+
+
+def run_optimize(
+    run: Run, tables: Profile, upstream: str, model: ModelIdentity, weights: Mapping[str, float], budget: BudgetConfig
+) -> tuple[list[Plan], str]:
+    """Third stage: Pareto plans for ``model`` within the budget; ``weights`` mix the calibration sources."""
+    check_density(budget.density)
+    inputs = {"profile": upstream, "weights": dict(weights), "budget": asdict(budget)}
+
+    def compute(folder: Path) -> list[Plan]:
+        losses = kv_losses(tables, model.kv_heads, weights)
+        longest = max(losses)
+        grids = {"scaled": RuleGrid.scaled(longest), "paper": RuleGrid.paper()}
+        if budget.grid not in grids:
+            raise InputError(f"unknown grid {budget.grid!r}; expected one of {sorted(grids)}")
+        config = OptimizeConfig(
+            density=budget.density,
+            lengths_constrained=(2 * longest,) if budget.constrained is None else budget.constrained,
+            rules_per_layer=budget.rules_per_layer,
+            points=budget.points,
+            grid=grids[budget.grid],
+        )
+        plans = [
+            Plan.from_arrays(
+                model,
+                found.alpha,
+                found.beta,
+                provenance={
+                    "budget": asdict(budget),
+                    "predicted_losses": {str(length): loss for length, loss in found.losses.items()},
+                    "densities": {str(length): density for length, density in found.densities.items()},
+                    "solver_gap": found.gap,
+                },
+            )
+            for found in optimize(losses, config, run.progress)
+        ]
+        write_json(folder / "plans.json", [plan.to_dict() for plan in plans])
+        return plans
+
+    return run.stage("optimize", inputs, _load_plans, compute)
+
+
+def run_validate(
+    run: Run, loaded: LoadedModel, plans: list[Plan], items: CalibrationSet, upstream: str
+) -> tuple[Plan, list[ValidationRow]]:
+    """Last stage: every Pareto plan on held-out items; the plan that wins, with its provenance."""
+
+    def compute(folder: Path) -> list[ValidationRow]:
+        rows = validate(loaded, plans, items, run.progress)
+        write_json(folder / "table.json", [asdict(row) for row in rows])
+        return rows
+
+    def read(folder: Path) -> list[ValidationRow]:
+        return [ValidationRow(**row) for row in read_json(folder / "table.json")]
+
+    rows, _ = run.stage("validate", {"optimize": upstream}, read, compute)
+    winner = best(rows)
+    made_from = {
+        "calibration": {name: value for name, value in run.finished("calibrate")[0].items() if name != "model"},
+        "estimator": run.finished("profile")[0]["estimator"],
+        "weights": run.finished("optimize")[0]["weights"],
+        "validation": {"dense": rows[0].loss, "plan": winner.loss, "candidates": len(plans)},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    chosen = plans[winner.plan]
+    return replace(chosen, provenance={**chosen.provenance, **made_from}), rows
+
+
+def search(
+    loaded: LoadedModel,
+    text: TextSource,
+    folder: Path,
+    data: DataConfig | None = None,
+    budget: BudgetConfig | None = None,
+    estimator: Estimator = Estimator.JOINT,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Find a plan for a model: all four stages, resuming what ``folder`` already holds.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    text : TextSource
+        Calibration text; a quarter is held out for validation.
+    folder : Path
+        The run directory.
+    data, budget : DataConfig, BudgetConfig
+        What to calibrate on, and what the plan may cost.
+    estimator : Estimator
+
+    Returns
+    -------
+    Plan
+        The Pareto plan with the lowest held-out loss.
+    """
+    data, budget = data or DataConfig(), budget or BudgetConfig()
+    check_density(budget.density)  # before the long stages
+    run = Run(folder, progress)
+    calibration, key = run_calibrate(run, loaded, text, data)
+    tables, key = run_profile(run, loaded, calibration, key, estimator)
+    plans, key = run_optimize(run, tables, key, loaded.identity, data.weights, budget)
+    plan, _ = run_validate(run, loaded, plans, calibration.validation, key)
+    return plan
+
+
+# Results of earlier stages, for the commands that run one stage alone ------------------------------------------------
+
+
+def calibrated(run: Run, loaded: LoadedModel) -> tuple[Calibration, str]:
+    """The finished calibrate stage and its key.
+
+    Raises
+    ------
+    InputError
+        If it is not there, or was made with another model.
+    """
+    inputs, key = run.finished("calibrate")
+    if inputs["model"] != asdict(loaded.identity):
+        raise InputError(
+            f"{run.folder} was calibrated with {inputs['name']}, not with {loaded.name}; use another --run-dir"
+        )
+    return Calibration.load(run.folder / "calibrate"), key
+
+
+def profiled(run: Run) -> tuple[Profile, str, ModelIdentity]:
+    """The finished profile stage, its key, and the model."""
+    _, key = run.finished("profile")
+    return _load_profile(run.folder / "profile"), key, ModelIdentity(**run.finished("calibrate")[0]["model"])
+
+
+def optimized(run: Run) -> tuple[list[Plan], str]:
+    """The finished optimize stage and its key."""
+    _, key = run.finished("optimize")
+    return _load_plans(run.folder / "optimize"), key
+
+
+def _load_profile(folder: Path) -> Profile:
+    return Profile.load(folder / "tables.safetensors")
+
+
+def _load_plans(folder: Path) -> list[Plan]:
+    return [Plan.from_dict(data, str(folder / "plans.json")) for data in read_json(folder / "plans.json")]

@@ -1,0 +1,115 @@
+"""A real model (SmolLM2-135M-Instruct, float32) under plans: the same tokens as under the explicit mask, from fewer bytes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import moa
+from masked_model import masked_logits
+from moa.models import chat_prompt
+from tiny_models import random_plan
+
+NEW = 16
+TEXT = "The tide tables of the harbour were printed every spring, and the harbour master corrected them by hand. "
+
+
+@pytest.fixture(scope="module")
+def model(demo_model):
+    return demo_model.model
+
+
+@pytest.fixture(scope="module", params=["full", "short"])
+def plan(model, request):
+    return random_plan(model, seed=3, full=request.param == "full")
+
+
+def prompt(demo_model, tokens, seed=0):
+    """A chat prompt of exactly so many tokens."""
+    ids = chat_prompt(demo_model.tokenizer, f"{seed}. " + TEXT * (tokens // 15) + " Write down what you remember.")
+    return torch.tensor([[*ids[: tokens - 40], *ids[-40:]]])
+
+
+def generate(model, ids, **options):
+    return model.generate(ids, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, **options)
+
+
+def assert_greedy(model, plan, tokens, prompt_length, length=None):
+    eos = model.generation_config.eos_token_id
+    logits = masked_logits(model, plan, tokens, length or tokens.shape[1])[:, prompt_length - 1 : -1]
+    logits[..., eos] = -torch.inf  # generation above never ends early
+    assert tokens[:, prompt_length:].tolist() == logits.argmax(-1).tolist()
+
+
+def test_one_prompt_whole_and_in_uneven_chunks(demo_model, model, plan):
+    ids = prompt(demo_model, 500)
+    with moa.apply(model, plan):
+        tokens = generate(model, ids)
+        assert generate(model, ids, prefill_chunk_size=173).tolist() == tokens.tolist()
+    assert_greedy(model, plan, tokens, 500)
+
+
+def test_a_left_padded_batch_of_three(demo_model, model, plan):
+    lengths = [500, 333, 90]
+    ids, mask = torch.full((3, 500), demo_model.tokenizer.pad_token_id), torch.zeros(3, 500, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, 500 - length :] = prompt(demo_model, length, seed=row)
+        mask[row, 500 - length :] = 1
+    with moa.apply(model, plan):
+        batch = generate(model, ids, attention_mask=mask)
+        for row, length in enumerate(lengths):
+            solo = generate(model, ids[row : row + 1, 500 - length :])
+            assert batch[row, 500:].tolist() == solo[0, length:].tolist()
+    assert_greedy(model, plan, batch[:1], 500)
+
+
+def test_three_turns_on_one_cache(demo_model, model):
+    """With constant spans every turn equals one run under the mask; growing spans: see test_runtime."""
+    plan = moa.Plan.from_arrays(
+        demo_model.identity,
+        torch.full((30, 3), 192.0).numpy(),
+        torch.zeros(30, 3).numpy(),
+    )
+    ids, cache, starts = prompt(demo_model, 300), moa.SpanCache(plan, 1), []
+    with moa.apply(model, plan):
+        for turn in range(3):
+            starts.append(ids.shape[1])
+            ids = generate(model, ids, past_key_values=cache)
+            ids = torch.cat([ids, prompt(demo_model, 80, seed=turn)], dim=1)
+    for start in starts:
+        assert_greedy(model, plan, ids[:, : start + NEW], start)
+
+
+MEASURE = """
+import json, resource, sys, torch, moa
+from moa.models import load_model
+from transformers import DynamicCache
+model = load_model("demo", "float32").model
+plan = moa.Plan.uniform(moa.ModelIdentity.of(model.config), 0.5) if sys.argv[1] == "moa" else None
+ids = torch.arange(4096)[None] % 1000 + 10
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+cache = DynamicCache() if plan is None else moa.SpanCache(plan, 4096)
+handle = plan and moa.apply(model, plan)
+with torch.no_grad():
+    model(ids[:, :64], past_key_values=cache, logits_to_keep=1)
+    before = peak()
+    for start in range(64, 4096, 64):
+        model(ids[:, start:start + 64], past_key_values=cache, logits_to_keep=1)
+held = cache.nbytes() if plan else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+print(json.dumps({"held": held, "grown": peak() - before}))
+"""
+
+
+@pytest.mark.slow
+def test_half_the_density_is_half_the_memory(demo_model):
+    """Bytes of the cache at N = 4096, and growth of the whole process while the sequence grows to N."""
+    measured = {}
+    for method in ("dense", "moa"):
+        run = subprocess.run([sys.executable, "-c", MEASURE, method], capture_output=True, text=True, check=True)
+        measured[method] = json.loads(run.stdout)
+    dense = moa.Plan.dense(demo_model.identity).kv_bytes(4096, torch.float32)
+    assert measured["dense"]["held"] == dense
+    assert measured["moa"]["held"] <= 0.51 * dense
+    assert measured["moa"]["grown"] <= 0.6 * measured["dense"]["grown"], measured
