@@ -29,6 +29,7 @@ class Conversation:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self._loaded, self._plan, self._new = loaded, plan, max_new_tokens
+        self._model: Any = loaded.model  # transformers' own types do not know that it generates
         self._messages: list[dict[str, str]] = []
         self._ids = torch.empty(1, 0, dtype=torch.long)
         self._cache = SpanCache(plan, 1)
@@ -46,8 +47,8 @@ class Conversation:
         ids = torch.cat([self._ids, self._turn(message)], dim=1)
         if ids.shape[1] + self._new > self._loaded.context_length:
             raise InputError(
-                f"the conversation has {ids.shape[1]} tokens and asks for {self._new} more, but {self._loaded.name} has "
-                f"a context of {self._loaded.context_length}; shorten the prompt or ask for fewer new tokens"
+                f"the conversation has {ids.shape[1]} tokens and asks for {self._new} more, but {self._loaded.name} "
+                f"has a context of {self._loaded.context_length}; shorten the prompt or ask for fewer new tokens"
             )
         streamer: Any = TextIteratorStreamer(self._loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         outcome: list[Any] = []
@@ -55,8 +56,8 @@ class Conversation:
         def work() -> None:
             try:
                 outcome.append(
-                    self._loaded.model.generate(
-                        ids.to(self._loaded.model.device),
+                    self._model.generate(
+                        ids.to(self._model.device),
                         past_key_values=self._cache,
                         max_new_tokens=self._new,
                         do_sample=False,

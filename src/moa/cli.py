@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from moa.errors import InputError, MoAError
+from moa.evaluation import TASKS
 
 # typer brings click along, under its own name in newer versions
-_UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="MoA, Mixture of Attention Spans: find how far back each attention head of an LLM needs to look, and run it "
-    "from a KV cache that stores only that.",
 )
 out = Console()
 
@@ -31,6 +30,15 @@ class EstimatorName(StrEnum):
 
     joint = "joint"
     paper = "paper"
+
+
+@app.callback()
+def _everywhere(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from (any command).")] = False,
+) -> None:
+    """MoA, Mixture of Attention Spans: find how far back each attention head of an LLM needs to look, and run it from a
+    KV cache that stores only that.
+    """
 
 
 # Options that several commands share ---------------------------------------------------------------------------------
@@ -365,6 +373,56 @@ def _note(quiet: bool, text: str) -> None:
         Console(stderr=True).print(f"[dim]{text}[/dim]", highlight=False)
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
+    against: Annotated[str, typer.Option(help="Baselines: dense, uniform (at each plan's density).")] = "dense,uniform",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths.")] = "1024",
+    tasks: Annotated[str, typer.Option(help="Of passkey, lines, perplexity, memory, speed.")] = ",".join(TASKS),
+    items: Annotated[int, typer.Option(help="Prompts per retrieval task.")] = 20,
+    text: Annotated[Path | None, typer.Option("--text", help="Real text (default: Python's docstrings).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 2406,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure plans against dense attention and uniform windows: answers, bytes and speed in one table."""
+    from moa.evaluation.compare import EvaluateConfig, table, to_json, to_markdown
+    from moa.evaluation.compare import evaluate as measure
+    from moa.evaluation.tasks import default_evaluation_text
+    from moa.files import write_json, write_text
+    from moa.plan import Plan
+    from moa.progress import Progress
+    from moa.search.text import text_from_files
+
+    wanted = _numbers(lengths, "--lengths") or ()
+    config = EvaluateConfig(wanted, tuple(tasks.split(",")), items, seed=seed)
+    baselines = against.split(",")
+    if set(baselines) - {"dense", "uniform"}:
+        raise InputError(f"--against {against!r}: expected dense, uniform or both, with a comma")
+    plans = {path.stem: Plan.load(path) for path in plan or ()}
+    source = text_from_files([text]).text if text else default_evaluation_text()
+    loaded = _load(model, dtype, device, quiet)
+    methods: dict[str, Plan | None] = {"dense": None} if "dense" in baselines else {}
+    for name, rules in plans.items():
+        rules.check_fits(loaded.identity)
+        if "uniform" in baselines:
+            density = round(max(rules.density(length) for length in wanted), 4)
+            methods[f"uniform {100 * density:.3g} %"] = Plan.uniform(loaded.identity, density)
+        methods[f"MoA {name}"] = rules
+    if not methods:
+        raise InputError("nothing to evaluate; give a --plan, or --against dense")
+    rows = measure(loaded, methods, source, config, Progress(quiet))
+    out.print(table(rows))
+    if json:
+        command = "moa " + " ".join(sys.argv[1:])
+        write_json(json, to_json(rows, command, model))
+        write_text(json.with_suffix(".md"), to_markdown(rows, command))
+        out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
+
+
 @app.command("env")
 def environment() -> None:
     """What this installation runs on."""
@@ -400,7 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
     except _UsageError as error:
         if debug:
             raise
-        complaints.print(f"error: {error.format_message()} (see --help)", markup=False, highlight=False, soft_wrap=True)  # type: ignore[attr-defined]
+        complaints.print(f"error: {error.format_message()} (see --help)", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except MoAError as error:
         if debug:

@@ -1,4 +1,8 @@
-"""What a plan must not break: finding a pass key, finding one line among many, predicting real text."""
+"""What a plan must not break: finding a pass key, finding one line among many, predicting real text.
+
+Prompts end with the first words of the answer, so that the next few tokens are the number, whatever style of answer a
+model has been taught.
+"""
 
 import ast
 import inspect
@@ -21,6 +25,7 @@ from moa.search.text import TokenStream
 _PASSKEY_INTRO = "A pass key, a number of five digits, is hidden in the following text. Find it and remember it.\n\n"
 _PASSKEY_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n\n"
 _PASSKEY_QUESTION = "What is the pass key, the number of five digits hidden in the text?"
+_PASSKEY_ANSWER = "The pass key is"
 
 _LINES_INTRO = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -28,6 +33,7 @@ _LINES_INTRO = (
 )
 _LINES_LINE = "line {name}: REGISTER_CONTENT is <{value}>\n"
 _LINES_QUESTION = "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number."
+_LINES_ANSWER = "The <REGISTER_CONTENT> in line {name} is"
 
 # 80 x 80 names are enough lines for 128k tokens.
 _ADJECTIVES = (
@@ -89,7 +95,7 @@ def passkey_items(
     """
     rng = np.random.default_rng(seed)
     stream = TokenStream.of(tokenizer, text)
-    before, after = _frame(tokenizer, _PASSKEY_INTRO, _PASSKEY_QUESTION)
+    before, after = _frame(tokenizer, _PASSKEY_INTRO, _PASSKEY_QUESTION, _PASSKEY_ANSWER)
     built = []
     for index in range(items):
         key = str(rng.integers(10_000, 100_000))
@@ -121,10 +127,14 @@ def lines_items(tokenizer: PreTrainedTokenizerBase, length: int, items: int, see
     built = []
     for index in range(items):
         drawn = [(names[pick], str(rng.integers(10_000, 100_000))) for pick in rng.permutation(len(names))]
-        lines = [_LINES_LINE.format(name=name, value=value) for name, value in drawn[: length // 8 + 1]]  # surely enough
+        lines = [
+            _LINES_LINE.format(name=name, value=value) for name, value in drawn[: length // 8 + 1]
+        ]  # surely enough
         encoded = [np.asarray(ids) for ids in tokenizer(lines, add_special_tokens=False)["input_ids"]]
         target, answer = drawn[0]
-        before, after = _frame(tokenizer, _LINES_INTRO, _LINES_QUESTION.format(name=target))
+        before, after = _frame(
+            tokenizer, _LINES_INTRO, _LINES_QUESTION.format(name=target), _LINES_ANSWER.format(name=target)
+        )
         room = _room("lines", length, before, encoded[0], after) + len(encoded[0])
         fitting = int(np.searchsorted(np.cumsum([len(line) for line in encoded]), room, side="right"))
         if fitting == len(names):
@@ -213,12 +223,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, intro: str, question: str) -> tuple[np.ndarray, np.ndarray]:
-    """All that comes before and after the text of a task."""
+def _frame(tokenizer: PreTrainedTokenizerBase, intro: str, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
+    """All that comes before and after the text of a task; ``answer`` is how the answer begins."""
     before, after = chat_frame(tokenizer)
     return (
         np.concatenate([before, _ids(tokenizer, intro)]).astype(np.int64),
-        np.concatenate([_ids(tokenizer, question), after]).astype(np.int64),
+        np.concatenate([_ids(tokenizer, question), after, _ids(tokenizer, answer)]).astype(np.int64),
     )
 
 

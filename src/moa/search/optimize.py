@@ -49,7 +49,11 @@ class RuleGrid:
         shortest = sink + block
         steps = {step * block << power for power in range(longest.bit_length()) for step in (2, 3)}
         constants = [shortest, *sorted(alpha for alpha in steps if shortest < alpha < longest)]
-        shifts = {sign * block * round(longest * part / block) for part in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2) for sign in (-1, 1)}
+        shifts = {
+            sign * block * round(longest * part / block)
+            for part in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+            for sign in (-1, 1)
+        }
         slopes = [step / 32 for step in range(1, 8)] + [step / 16 for step in range(4, 17)]
         return cls(_product(constants, [0.0]) + _product(sorted(shifts), slopes))
 
@@ -129,9 +133,7 @@ class ParetoPlan:
     gap: float
 
 
-def optimize(
-    losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress: Progress = SILENT
-) -> list[ParetoPlan]:
+def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress: Progress = SILENT) -> list[ParetoPlan]:
     """Plans within the density budget, none of which is worse than another at every profile length.
 
     Plans closer to each other than ``config.gap`` at every length count as one. Deterministic.
