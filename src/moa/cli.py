@@ -142,11 +142,13 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Find a plan for a model: calibrate, profile, optimize, validate. Resumes what the run directory holds."""
+    from moa.files import check_writable
     from moa.progress import Progress
     from moa.search.influence import Estimator
     from moa.search.pipeline import BudgetConfig, DataConfig
     from moa.search.pipeline import search as run_search
 
+    check_writable(output)
     data = DataConfig(
         _numbers(lengths, "--lengths"), validation_length, items, validation_items, _weights(mixture), seed
     )
@@ -246,8 +248,10 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Last stage: run every Pareto plan on held-out items and write the best one."""
+    from moa.files import check_writable
     from moa.search.pipeline import calibrated, optimized, run_validate
 
+    check_writable(output)
     run = _run(run_dir, quiet)
     plans, key = optimized(run)
     loaded = _load(model, dtype, device, quiet)
@@ -392,11 +396,13 @@ def evaluate(
     from moa.evaluation.compare import EvaluateConfig, table, to_json, to_markdown
     from moa.evaluation.compare import evaluate as measure
     from moa.evaluation.tasks import default_evaluation_text
-    from moa.files import write_json, write_text
+    from moa.files import check_writable, write_json, write_text
     from moa.plan import Plan
     from moa.progress import Progress
     from moa.search.text import text_from_files
 
+    if json:
+        check_writable(json)
     wanted = _numbers(lengths, "--lengths") or ()
     config = EvaluateConfig(wanted, tuple(tasks.split(",")), items, seed=seed)
     baselines = against.split(",")

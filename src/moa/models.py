@@ -89,7 +89,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", progress: P
     location = _locate(name, progress)
     with _loading(name, location):
         tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=weights_dtype).to(target)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=weights_dtype)
+        model.to(device=target)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -157,9 +158,10 @@ _MESSAGE = "<<message>>"
 
 def _render(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
     """The chat template as text; models that can think aloud first are told not to."""
-    return tokenizer.apply_chat_template(
+    text = tokenizer.apply_chat_template(
         [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
+    return str(text)
 
 
 def _device(device: str) -> torch.device:

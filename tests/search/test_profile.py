@@ -1,5 +1,6 @@
 """The profile of a model equals the definition applied to it, can be interrupted, and leaves the model as it was."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -230,8 +231,8 @@ def test_it_works_where_gradients_are_off():
     [
         ("bloom", "exchanged"),
         ("deepseek_v3", "MLA"),
-        ("lfm2", r"layers \[0\]"),
-        ("llama4_text", "chunks of 128"),
+        ("lfm2", "conv"),
+        ("llama4_text", "chunked"),
     ],
 )
 def test_models_that_cannot_carry_a_plan_are_refused_by_type(model_type, reason):
@@ -241,6 +242,15 @@ def test_models_that_cannot_carry_a_plan_are_refused_by_type(model_type, reason)
         profile(loaded, one(), ProfileConfig())
     assert model_type in str(caught.value)
     assert State.of(loaded.model) == before
+
+
+def test_a_layer_that_keeps_an_attention_of_its_own_is_found_out():
+    loaded = tiny()
+    own = copy.deepcopy(loaded.model.config)
+    own._attn_implementation = "eager"
+    loaded.model.model.layers[1].self_attn.config = own
+    with pytest.raises(UnsupportedModelError, match=r"layers \[1\]"):
+        profile(loaded, one(), ProfileConfig())
 
 
 def test_a_model_that_overflows_is_refused():

@@ -42,14 +42,14 @@ _ADJECTIVES = (
     "arid blunt crisp dense eager fuzzy grim hasty idle juicy lofty muddy noisy plush rigid shaky ashen bleak coarse "
     "drowsy earthy fickle gentle husky inert jolly kindly limber mighty neat oval prim quiet rapid silky tidy upbeat "
     "vast wavy young zany bold calm damp elfin frail glum"
-).split()
+)
 _NOUNS = (
     "kid anvil badger canyon dagger easel falcon gadget hammer icicle jacket kettle ladder magnet napkin orchid pebble "
     "quiver ribbon saddle tunnel urchin velvet walnut yogurt zipper acorn beacon candle donkey engine fabric goblet "
     "helmet island jungle kernel lantern meadow needle oyster parcel quartz rocket sponge turtle violin wagon abbey "
     "bucket carpet dragon eagle feather garden harbor insect jewel kitten lemon mirror nephew onion pillow quarry "
     "raven shovel temple uncle valley window anchor basket cactus desert elbow forest guitar hornet"
-).split()
+)
 
 # Logits are kept for this many positions of a chunk, spread evenly: all of a long chunk might not fit in memory.
 _SCORED_POSITIONS = 1024
@@ -122,7 +122,7 @@ def lines_items(tokenizer: PreTrainedTokenizerBase, length: int, items: int, see
         If the length leaves no room for a line, or asks for more lines than there are names.
     """
     rng = np.random.default_rng(seed)
-    names = [f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
+    names = [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]
     line_break = _ids(tokenizer, "\n")[-1:]
     built = []
     for index in range(items):

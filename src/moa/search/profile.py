@@ -194,7 +194,6 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
             f"a calibration item of {length} tokens has its answer at {item.answer_start}; expected a prompt and an "
             "answer of at least one token each"
         )
-    _check_length(model, length)
     ids = torch.as_tensor(item.input_ids, dtype=torch.int64, device=model.device)
     with _collecting(identity, InfluenceCollector(config.estimator, config.strip)) as collector, torch.enable_grad():
         # one position more than the answer has tokens: the last one predicts what follows
@@ -204,7 +203,7 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
     if silent:
         raise UnsupportedModelError(
             f"layers {silent} of this {identity.model_type} model have no attention that could be measured (linear "
-            "attention, state spaces or the like); plans need softmax attention in every layer"
+            "attention, state spaces or the like); plans need plain attention in every layer"
         )
     table = torch.stack([collector.tables[layer] for layer in range(identity.layers)]).cpu().numpy()
     if not np.isfinite(table).all():
@@ -283,6 +282,11 @@ def _influence_attention_in(model: PreTrainedModel) -> Iterator[None]:
     text = model.config.get_text_config(decoder=True)
     part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
     before = text._attn_implementation
+    foreign = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if foreign:
+        raise UnsupportedModelError(
+            f"{text.model_type} has layers of type {sorted(foreign)}, which no plan covers, so it cannot be profiled"
+        )
 
     def switch(implementation: str) -> None:
         model.set_attn_implementation(implementation if part is None else {part: implementation})
@@ -297,16 +301,6 @@ def _influence_attention_in(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         switch(before)
-
-
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    """Raise `UnsupportedModelError` where attention would be cut in chunks, which no mask tells."""
-    text = model.config.get_text_config(decoder=True)
-    chunk = getattr(text, "attention_chunk_size", None)
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()) and chunk and length > chunk:
-        raise UnsupportedModelError(
-            f"{text.model_type} attends in chunks of {chunk} tokens in some layers; profile it at lengths up to {chunk}"
-        )
 
 
 # Where the attention function of the running `profile` reports. Not a context variable: on a GPU layers are recomputed
@@ -325,7 +319,7 @@ def _collecting(identity: ModelIdentity, collector: InfluenceCollector) -> Itera
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

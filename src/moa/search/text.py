@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def split_text(text: str, fractions: Sequence[float]) -> list[str]:
     if any(fraction <= 0 for fraction in fractions) or sum(fractions) > 1 + 1e-9:
         raise InputError(f"cannot split a text by {list(fractions)}; expected positive shares with a sum of at most 1")
     cuts = [0, *(_word_end(text, round(share * len(text))) for share in accumulate(fractions))]
-    return [text[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [text[start:stop] for start, stop in pairwise(cuts)]
 
 
 def _word_end(text: str, position: int) -> int:
@@ -191,7 +191,7 @@ class TokenStream:
         """
         if tokens > len(self.ids):
             raise InputError(
-                f"the text has {len(self.ids):,} tokens, and {tokens:,} in a row are needed; give more text or shorter lengths"
+                f"the text has {len(self.ids):,} tokens, and {tokens:,} are needed; give more text or shorter lengths"
             )
         start = rng.choice(self.starts[self.starts <= len(self.ids) - tokens])
         return self.ids[start : start + tokens]

@@ -1,0 +1,282 @@
+"""Stage 1: items with long-range dependencies, answered by the dense model itself.
+
+Two sources. *Retrieval*: a few facts hidden in real text, and a question about one of them. *Summary*: several passages
+to be summarised together. Only the answers carry loss, and an answer is what the dense model writes, so that profiling
+measures what this model would lose, not how it differs from another writer (arXiv 2406.14909, "long-range dependency"
+and "model alignment").
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from moa.errors import InputError
+from moa.files import read_tensors, write_tensors
+from moa.models import LoadedModel, chat_frame
+from moa.progress import SILENT, Progress
+from moa.search.text import TokenStream
+
+RETRIEVAL = "retrieval"
+SUMMARY = "summary"
+SOURCES = (RETRIEVAL, SUMMARY)
+
+# An answer to a retrieval question ends with the model's turn, or here.
+_RETRIEVAL_ANSWER = 24
+# Questions asked for each one needed; then what is missing is filled up with right answers that the model did not give.
+_TRIES = 4
+# Prompts of one length are answered together, up to this many tokens: decoding one by one would cost as much again.
+_BATCH_TOKENS = 8192
+# Fewer tokens of text than this make no long-range dependency.
+_LEAST_TEXT = 32
+
+_RETRIEVAL_INTRO = "Read this text with care. You will be asked for a detail in it.\n\n"
+_SUMMARY_INTRO = "Here are {count} passages.\n\n"
+_SUMMARY_QUESTION = "Write a one-page summary of all of them."
+
+
+class _Fact(NamedTuple):
+    """A kind of fact. Wordings and lengths of numbers differ from those of `moa.evaluation.tasks`, on purpose."""
+
+    statement: str
+    question: str
+    answer: str
+    digits: int
+    keys: str
+
+
+_CITIES = (
+    "Aberdeen Bergen Cordoba Dresden Esbjerg Florence Geneva Hamburg Izmir Jakarta Krakow Lisbon Malmo Nagoya Odessa "
+    "Porto Quito Rotterdam Seville Toulouse Utrecht Valencia Warsaw Zagreb"
+)
+_PEOPLE = (
+    "Alice Boris Clara David Elena Felix Greta Henry Irene Jonas Karen Louis Maria Nadia Oscar Paula Quentin Rosa "
+    "Simon Tanya Ursula Victor Wanda Yusuf"
+)
+_SETTINGS = (
+    "alpha_relay beta_valve gamma_pump delta_gate epsilon_motor zeta_sensor theta_meter iota_switch kappa_fan "
+    "lambda_coil omega_dial sigma_filter tau_heater phi_buffer chi_timer psi_cooler"
+)
+_MACHINES = "tractor crane boiler turbine printer elevator freezer scanner compressor furnace mixer loom"
+
+_FACTS = (
+    _Fact(
+        "The harbor code for {key} is {value}.",
+        "What is the harbor code for {key}?",
+        "The harbor code for {key} is {value}.",
+        6,
+        _CITIES,
+    ),
+    _Fact(
+        "The phone number of {key} is {value}.",
+        "What is the phone number of {key}?",
+        "The phone number of {key} is {value}.",
+        7,
+        _PEOPLE,
+    ),
+    _Fact(
+        "The locker number of {key} is {value}.",
+        "What is the locker number of {key}?",
+        "The locker number of {key} is {value}.",
+        4,
+        _PEOPLE,
+    ),
+    _Fact(
+        "The serial number of the {key} is {value}.",
+        "What is the serial number of the {key}?",
+        "The serial number of the {key} is {value}.",
+        8,
+        _MACHINES,
+    ),
+    _Fact('"{key}": {value},', 'What is the value of "{key}"?', 'The value of "{key}" is {value}.', 7, _SETTINGS),
+)
+
+
+@dataclass(frozen=True)
+class CalibrationItem:
+    """One prompt with its answer.
+
+    Attributes
+    ----------
+    input_ids : int64 array [N]
+    answer_start : int
+        Tokens ``answer_start`` to N - 1 are the answer; only they carry loss.
+    """
+
+    input_ids: np.ndarray
+    answer_start: int
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration items by length N and source; every item has exactly N tokens."""
+
+    items: dict[tuple[int, str], tuple[CalibrationItem, ...]]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as one safetensors file, all or nothing.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be written.
+        """
+        tensors = {}
+        for (length, source), items in self.items.items():
+            for index, item in enumerate(items):
+                tensors[f"{length}/{source}/{index}/input_ids"] = item.input_ids
+                tensors[f"{length}/{source}/{index}/answer_start"] = np.array([item.answer_start])
+        write_tensors(path, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CalibrationSet":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, damaged, or holds something else.
+        """
+        tensors = read_tensors(path)
+        found: defaultdict[tuple[int, str], dict[int, CalibrationItem]] = defaultdict(dict)
+        try:
+            for name in tensors:
+                length, source, index, part = name.split("/")
+                if part == "input_ids":
+                    start = int(tensors[f"{length}/{source}/{index}/answer_start"][0])
+                    found[int(length), source][int(index)] = CalibrationItem(tensors[name], start)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path} does not hold calibration items; delete it and calibrate again") from error
+        return cls({key: tuple(items[index] for index in sorted(items)) for key, items in sorted(found.items())})
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """What to calibrate on.
+
+    Attributes
+    ----------
+    lengths : tuple of int
+        Tokens of the items, prompt and answer: the profile lengths.
+    items : int
+        Items of each length and source.
+    sources : tuple of str
+        Of `SOURCES`.
+    answer_tokens : int
+        Length of the summaries, at most a quarter of the item.
+    seed : int
+        Same seed, text and model: same items.
+    """
+
+    lengths: tuple[int, ...]
+    items: int = 8
+    sources: tuple[str, ...] = SOURCES
+    answer_tokens: int = 64
+    seed: int = 0
+
+
+def calibrate(
+    loaded: LoadedModel, text: str, config: CalibrateConfig, progress: Progress = SILENT
+) -> CalibrationSet:
+    """Build the items that profiling will measure the model on.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+        The dense model; it answers its own questions, greedily.
+    text : str
+        Real text of at least as many tokens as the longest length; a hundred thousand make the items differ.
+
+    Returns
+    -------
+    CalibrationSet
+        ``config.items`` items for each length and source.
+
+    Raises
+    ------
+    InputError
+        If a length is beyond the model's context or too short for an item, the text is too short, or a source unknown.
+    """
+    stream = TokenStream.of(loaded.tokenizer, text)
+    _check(loaded, stream, config)
+    makers = {RETRIEVAL: _retrieval, SUMMARY: _summary}
+    cells = [(length, source) for length in sorted(set(config.lengths)) for source in config.sources]
+    items = {}
+    for length, source in progress.track(cells, "Calibrating"):
+        rng = np.random.default_rng([config.seed, length, SOURCES.index(source)])
+        items[length, source] = tuple(makers[source](loaded, stream, length, config, rng, progress))
+    return CalibrationSet(items)
+
+
+def _check(loaded: LoadedModel, stream: TokenStream, config: CalibrateConfig) -> None:
+    if not config.lengths or not config.sources or config.items < 1 or config.answer_tokens < 1:
+        raise InputError("calibration needs at least one length, one source, one item and one answer token")
+    for source in config.sources:
+        if source not in SOURCES:
+            raise InputError(f"unknown calibration source {source!r}; expected {' or '.join(SOURCES)}")
+    longest = max(config.lengths)
+    if longest > loaded.context_length:
+        raise InputError(
+            f"length {longest:,} is beyond the context of {loaded.name}, {loaded.context_length:,} tokens; "
+            "choose shorter lengths"
+        )
+    if longest > len(stream.ids):
+        raise InputError(
+            f"the text has {len(stream.ids):,} tokens, and items of {longest:,} need at least as many; "
+            "give more text or shorter lengths"
+        )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A retrieval item before its answer is known: its text grows at the end, so that facts stay where they are.
+
+    ``text`` is an array of ids with the facts in it, longer than needed; the facts lie within its first
+    ``N - len(before) - len(after) - _RETRIEVAL_ANSWER`` tokens.
+    """
+
+    before: np.ndarray
+    text: np.ndarray
+    after: np.ndarray
+    expected: np.ndarray
+    value: str
+
+    def prompt(self, tokens: int) -> np.ndarray:
+        """The prompt in exactly so many tokens: int64 [tokens]."""
+        return np.concatenate(
+            [self.before, self.text[: tokens - len(self.before) - len(self.after)], self.after]
+        )
+
+    def item(self, length: int, answer: np.ndarray) -> CalibrationItem:
+        start = length - len(answer)
+        return CalibrationItem(np.concatenate([self.prompt(start), answer]), start)
+
+
+def _retrieval(
+    loaded: LoadedModel,
+    stream: TokenStream,
+    length: int,
+    config: CalibrateConfig,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[CalibrationItem]:
+    """Questions that the model answers right; its answers."""
+    right: list[CalibrationItem] = []
+    failed: list[_Question] = []
+    while len(right) < config.items and len(right) + len(failed) < _TRIES * config.items:
+        asked = len(right) + len(failed)
+        missing = min(config.items - len(right), _TRIES * config.items - asked)
+        questions = [_question(loaded.tokenizer, stream, length, (asked + i) / config.items % 1, rng) for i in range(missing)]
+        for question, answer in _answered(loaded, questions, length):
+            said = loaded.tokenizer.decode(answer).replace(",", "")
+            if question.value in said:
+                right.append(question.item(length, answer))
+            else:
+                failed.append(question)
+    ...

@@ -1,0 +1,138 @@
+"""The whole search on a real small model: it ends with a plan in budget, resumes, and redoes only what changed."""
+
+import pytest
+
+from moa.errors import InfeasibleBudgetError, InputError
+from moa.plan import Plan
+from moa.runtime import apply
+from moa.search import pipeline
+from moa.search import profile as profile_stage
+from moa.search.pipeline import BudgetConfig, DataConfig, search
+from moa.search.text import TextSource, default_text
+
+DATA = DataConfig(lengths=(320,), items=1, validation_items=1, validation_length=384)
+STAGES = ("calibrate", "profile", "optimize", "validate")
+
+
+@pytest.fixture(scope="module")
+def finished(demo_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "search"
+    return folder, search(demo_model, default_text(), folder, DATA, BudgetConfig(0.5))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the stages that really compute, in order."""
+    names = []
+    for name in STAGES:
+        real = getattr(pipeline, name)
+
+        def spy(*arguments, _name=name, _real=real):
+            names.append(_name)
+            return _real(*arguments)
+
+        monkeypatch.setattr(pipeline, name, spy)
+    return names
+
+
+@pytest.mark.slow
+def test_a_search_ends_with_a_plan_within_its_budget(finished, demo_model):
+    folder, plan = finished
+    assert all(plan.density(length) <= 0.5 for length in (320, 640))
+    assert len({span for row in plan.spans(640).tolist() for span in row}) > 1
+    assert plan.provenance["estimator"] == "joint"
+    assert plan.provenance["calibration"]["data"]["lengths"] == [320]
+    with apply(demo_model.model, plan):
+        pass
+    assert sorted(path.name for path in folder.iterdir()) == sorted(STAGES)
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".safetensors")]
+
+
+@pytest.mark.slow
+def test_a_second_call_reads_and_a_changed_budget_redoes_its_stages_only(finished, demo_model, ran):
+    folder, plan = finished
+    assert search(demo_model, default_text(), folder, DATA, BudgetConfig(0.5)) == plan
+    assert ran == []
+    other = search(demo_model, default_text(), folder, DATA, BudgetConfig(0.6))
+    assert ran == ["optimize", "validate"]
+    assert other.density(640) > plan.density(640)
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_goes_on_and_ends_with_the_same_plan(finished, demo_model, tmp_path, monkeypatch):
+    measured = []
+    real = profile_stage._measure
+
+    def interrupted(loaded, item, config):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(item.answer_start)
+        return real(loaded, item, config)
+
+    monkeypatch.setattr(profile_stage, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(demo_model, default_text(), tmp_path, DATA, BudgetConfig(0.5))
+
+    def resumed(loaded, item, config):
+        measured.append(item.answer_start)
+        return real(loaded, item, config)
+
+    monkeypatch.setattr(profile_stage, "_measure", resumed)
+    plan = search(demo_model, default_text(), tmp_path, DATA, BudgetConfig(0.5))
+    assert plan == finished[1]
+    assert len(measured) == 2, "the first item's table was kept"
+
+
+def test_budgets_that_cannot_be_met_are_refused_before_any_work(demo_model, tmp_path, ran):
+    for density in (0, -0.1, 1.2, float("nan")):
+        with pytest.raises(InputError, match="density"):
+            search(demo_model, default_text(), tmp_path, DATA, BudgetConfig(density))
+    assert ran == []
+
+
+@pytest.mark.slow
+def test_an_infeasible_budget_names_the_nearest(finished, demo_model):
+    with pytest.raises(InfeasibleBudgetError, match=r"0\.4") as caught:
+        search(demo_model, default_text(), finished[0], DATA, BudgetConfig(0.2))
+    assert caught.value.nearest[320] == pytest.approx(128 / 320)
+
+
+def test_lengths_beyond_the_context_or_the_text_are_refused(demo_model, tmp_path):
+    with pytest.raises(InputError, match="context of 8192"):
+        search(demo_model, default_text(), tmp_path, DataConfig(lengths=(9000,)))
+    short = TextSource("a short text", "Only a few words, said again. " * 20)
+    with pytest.raises(InputError, match="tokens"):
+        search(demo_model, short, tmp_path, DataConfig(lengths=(1024,), items=1))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("context", [512, 2048, 8192, 32768, 131072])
+def test_default_lengths_fit_the_context(context):
+    data = DataConfig().resolved(context)
+    assert max(*data.lengths, data.validation_length) <= context
+    assert data.validation_length not in data.lengths
+    assert len(data.lengths) == 3
+
+
+@pytest.mark.parametrize("data", [DataConfig(lengths=()), DataConfig(items=0), DataConfig(validation_items=0)])
+def test_a_search_without_data_is_refused(data):
+    with pytest.raises(InputError, match="at least one"):
+        data.resolved(8192)
+
+
+def test_a_stage_without_the_one_before_is_refused(tmp_path):
+    with pytest.raises(InputError, match="moa calibrate"):
+        pipeline.Run(tmp_path).finished("calibrate")
+
+
+def test_a_run_of_another_model_is_refused(finished, demo_model):
+    from dataclasses import replace
+
+    other = replace(demo_model, identity=replace(demo_model.identity, layers=31), name="other")
+    with pytest.raises(InputError, match="calibrated with demo, not with other"):
+        pipeline.calibrated(pipeline.Run(finished[0]), other)
+
+
+def test_the_plan_file_is_the_plan(finished, tmp_path):
+    finished[1].save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == finished[1]

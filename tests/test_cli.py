@@ -1,0 +1,185 @@
+"""The command line: what it prints, and that bad input is one line and a non-zero exit."""
+
+import io
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import moa
+from moa import cli
+
+IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
+
+
+def run(*arguments):
+    """Exit code of `moa ARGUMENTS`."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def complaint(capsys, *arguments, code=1):
+    assert run(*arguments) == code
+    captured = capsys.readouterr().err.strip()
+    assert captured.startswith("error: ")
+    assert "\n" not in captured
+    return captured
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.out.width = 200
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    path = tmp_path / "plan.json"
+    moa.Plan.uniform(IDENTITY, 0.25).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def demo_plan(demo_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans") / "half.json"
+    moa.Plan.uniform(demo_model.identity, 0.5).save(path)
+    return path
+
+
+def test_show_draws_spans_and_costs(plan_file, capsys):
+    assert run("show", plan_file, "--at", 1024, "--lengths", "2048,4096") == 0
+    shown = capsys.readouterr().out
+    assert "N = 1,024" in shown
+    assert "layer  1" in shown
+    assert shown.count("25") >= 6
+    line = next(line for line in shown.splitlines() if "4,096" in line)
+    assert "0.250" in line
+    assert "3.1 MB" in line  # 2 layers x 3 heads x 1024 tokens x 64 x 2 bytes, K and V
+    assert "12.6 MB" in line
+
+
+def test_convert_imports_the_published_format(tmp_path, capsys):
+    LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, hidden_size=64).save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "published.json").write_text(json.dumps({"alphas": [[0, 64]], "betas": [[0.5, 0]]}))
+    target = tmp_path / "plan.json"
+    assert run("convert", tmp_path / "published.json", "--model", tmp_path / "model", "-o", target) == 0
+    assert moa.Plan.load(target).spans(4096).tolist() == [[2048 + 64]]
+
+
+def test_env_names_the_versions(capsys):
+    assert run("env") == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    assert "transformers" in shown
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_give_the_plan_of_the_search(tmp_path, capsys):
+    common = ("--run-dir", tmp_path / "run", "--quiet")
+    data = ("--lengths", 320, "--items", 1, "--validation-items", 1, "--validation-length", 384)
+    assert run("calibrate", "demo", *data, *common) == 0
+    assert run("profile", "demo", *common) == 0
+    assert run("optimize", "--density", 0.5, *common) == 0
+    assert run("validate", "demo", "-o", tmp_path / "a.json", *common) == 0
+    assert "dense" in capsys.readouterr().out
+    assert run("search", "demo", "-o", tmp_path / "b.json", "--density", 0.5, *data, *common) == 0
+    assert moa.Plan.load(tmp_path / "a.json") == moa.Plan.load(tmp_path / "b.json")
+    assert capsys.readouterr().err == "", "--quiet is quiet"
+
+
+def test_generate_answers_from_the_smaller_cache(demo_plan, capsys):
+    prompt = "What is the capital of France? Answer with one word."
+    assert run("generate", "demo", "--plan", demo_plan, "--prompt", prompt, "--max-new-tokens", 12) == 0
+    captured = capsys.readouterr()
+    assert "Paris" in captured.out
+    assert "KV cache" in captured.err
+
+
+def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("My name is Bartholomew.\nWhat is my name?\n\n"))
+    assert run("chat", "demo", "--plan", demo_plan, "--max-new-tokens", 24) == 0
+    answers = capsys.readouterr().out.split("you> ")
+    assert "Bartholomew" in answers[2]
+
+
+@pytest.mark.slow
+def test_eval_compares_and_writes_its_numbers(demo_plan, tmp_path, capsys):
+    target = tmp_path / "table.json"
+    options = ("--lengths", 300, "--items", 2, "--tasks", "passkey,memory", "--quiet", "--json", target)
+    assert run("eval", "demo", "--plan", demo_plan, *options) == 0
+    shown = capsys.readouterr().out
+    result = json.loads(target.read_text())
+    rows = {(row["method"], row["task"]): row["score"] for row in result["rows"]}
+    assert rows["dense", "kv_bytes"] == 300 * 30 * 3 * 64 * 4 * 2
+    assert rows["MoA half", "kv_bytes"] == rows["uniform 64 %", "kv_bytes"] == 192 * 30 * 3 * 64 * 4 * 2
+    assert rows["dense", "passkey"] == 1
+    for text in (shown, target.with_suffix(".md").read_text()):
+        assert "uniform 64 %" in text
+        assert "13.8 MB" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("show", "nowhere.json"), "nowhere.json"),
+        (("show", "PLAN", "--lengths", "many"), "--lengths 'many'"),
+        (("show", "PLAN", "--dtype", "string"), "--dtype"),
+        (("search", "demo", "-o", "OUT", "--density", "0"), "density 0"),
+        (("search", "demo", "-o", "OUT", "--density", "1.5"), "density 1.5"),
+        (("search", "demo", "-o", "OUT", "--lengths", "100000"), "beyond the model's context"),
+        (("search", "demo", "-o", "OUT", "--lengths", "0"), "--lengths '0'"),
+        (("search", "demo", "-o", "OUT", "--mixture", "retrieval"), "--mixture"),
+        (("search", "demo", "-o", "OUT", "--mixture", "poems=1", "--lengths", "320"), "poems"),
+        (("search", "demo", "-o", "OUT", "--text", "EMPTY"), "empty"),
+        (("search", "demo", "-o", "OUT", "--text", "BINARY"), "binary"),
+        (("search", "demo", "-o", "OUT", "--text", "SHORT"), "tokens"),
+        (("search", "/no/such/model", "-o", "OUT"), "/no/such/model"),
+        (("search", "demo", "-o", "PLAN/plan.json"), "cannot write"),
+        (("profile", "demo", "--run-dir", "RUN"), "moa calibrate"),
+        (("optimize", "--run-dir", "RUN"), "moa profile"),
+        (("eval", "demo", "--plan", "PLAN"), "another model"),
+        (("eval", "demo", "--lengths", "8190"), "beyond the context"),
+        (("eval", "demo", "--tasks", "chess"), "chess"),
+        (("eval", "demo", "--against", "magic"), "--against"),
+        (("generate", "demo", "--plan", "PLAN", "--prompt", "Hello"), "another model"),
+        (("generate", "demo", "--plan", "DEMO", "--prompt", "word " * 9000), "context of 8192"),
+        (("generate", "demo", "--plan", "DEMO", "--prompt", " "), "empty"),
+        (("convert", "PLAN", "--model", "demo", "-o", "OUT"), "published plan"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, reason, plan_file, demo_plan, tmp_path, capsys, demo_model):
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "binary.txt").write_bytes(b"MZ\x00\x01" * 99)
+    (tmp_path / "short.txt").write_text("Far too short a text. " * 9)
+    names = {"PLAN": plan_file, "DEMO": demo_plan, "OUT": tmp_path / "out.json", "RUN": tmp_path / "run"}
+    names |= {name.upper(): tmp_path / f"{name}.txt" for name in ("empty", "binary", "short")}
+    given = [names.get(argument, argument) for argument in arguments]
+    if arguments[2:4] == ("-o", "PLAN/plan.json"):
+        given[3] = plan_file / "plan.json"
+    if arguments[0] == "search":
+        given += ["--run-dir", tmp_path / "run"]
+    assert reason in complaint(capsys, *given)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_wrong_usage_is_one_line(capsys):
+    assert "No such command" in complaint(capsys, "serch", code=2)
+    assert "--nope" in complaint(capsys, "show", "x", "--nope", code=2)
+
+
+def test_debug_shows_where_an_error_comes_from():
+    with pytest.raises(moa.MoAError):
+        cli.main(["show", "nowhere.json", "--debug"])
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys, plan_file):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(moa.Plan, "load", interrupted)
+    assert run("show", plan_file) == 130
+    assert "interrupted" in capsys.readouterr().err
