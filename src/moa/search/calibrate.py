@@ -8,10 +8,10 @@ and "model alignment").
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -181,9 +181,7 @@ class CalibrateConfig:
     seed: int = 0
 
 
-def calibrate(
-    loaded: LoadedModel, text: str, config: CalibrateConfig, progress: Progress = SILENT
-) -> CalibrationSet:
+def calibrate(loaded: LoadedModel, text: str, config: CalibrateConfig, progress: Progress = SILENT) -> CalibrationSet:
     """Build the items that profiling will measure the model on.
 
     Parameters
@@ -235,25 +233,24 @@ def _check(loaded: LoadedModel, stream: TokenStream, config: CalibrateConfig) ->
 
 @dataclass(frozen=True)
 class _Question:
-    """A retrieval item before its answer is known: its text grows at the end, so that facts stay where they are.
+    """A retrieval item before its answer is known.
 
-    ``text`` is an array of ids with the facts in it, longer than needed; the facts lie within its first
-    ``N - len(before) - len(after) - _RETRIEVAL_ANSWER`` tokens.
+    ``text`` has the facts in it and is longer than any prompt needs: a prompt takes as much of it as fits, so that the
+    facts stay where they are whatever the length of the answer.
     """
 
     before: np.ndarray
     text: np.ndarray
     after: np.ndarray
-    expected: np.ndarray
     value: str
+    expected: np.ndarray
 
     def prompt(self, tokens: int) -> np.ndarray:
         """The prompt in exactly so many tokens: int64 [tokens]."""
-        return np.concatenate(
-            [self.before, self.text[: tokens - len(self.before) - len(self.after)], self.after]
-        )
+        return np.concatenate([self.before, self.text[: tokens - len(self.before) - len(self.after)], self.after])
 
-    def item(self, length: int, answer: np.ndarray) -> CalibrationItem:
+    def answered(self, length: int, answer: np.ndarray) -> CalibrationItem:
+        """The item of ``length`` tokens with this answer."""
         start = length - len(answer)
         return CalibrationItem(np.concatenate([self.prompt(start), answer]), start)
 
@@ -266,17 +263,129 @@ def _retrieval(
     rng: np.random.Generator,
     progress: Progress,
 ) -> list[CalibrationItem]:
-    """Questions that the model answers right; its answers."""
+    """Questions that the model answers right, with its answers."""
     right: list[CalibrationItem] = []
     failed: list[_Question] = []
     while len(right) < config.items and len(right) + len(failed) < _TRIES * config.items:
         asked = len(right) + len(failed)
-        missing = min(config.items - len(right), _TRIES * config.items - asked)
-        questions = [_question(loaded.tokenizer, stream, length, (asked + i) / config.items % 1, rng) for i in range(missing)]
-        for question, answer in _answered(loaded, questions, length):
-            said = loaded.tokenizer.decode(answer).replace(",", "")
-            if question.value in said:
-                right.append(question.item(length, answer))
-            else:
-                failed.append(question)
-    ...
+        count = min(config.items - len(right), _TRIES * config.items - asked)
+        depths = (np.arange(asked, asked + count) + rng.random(count)) / config.items % 1
+        questions = [_question(loaded.tokenizer, stream, length, depth, rng) for depth in depths]
+        # Asked with room for the expected answer: where the model gives it, nothing has to be shifted afterwards.
+        questions.sort(key=lambda question: len(question.expected))
+        for reserved, group in groupby(questions, key=lambda question: len(question.expected)):
+            alike = list(group)
+            prompts = np.stack([question.prompt(length - reserved) for question in alike])
+            for question, answer in zip(alike, _greedy(loaded, prompts, _RETRIEVAL_ANSWER), strict=True):
+                if question.value in loaded.tokenizer.decode(answer).replace(",", ""):
+                    right.append(question.answered(length, answer))
+                else:
+                    failed.append(question)
+    missing = config.items - len(right)
+    if missing:
+        progress.say(
+            f"{loaded.name} found {len(right)} of {len(right) + len(failed)} facts at {length:,} tokens; "
+            f"{missing} of {config.items} retrieval items have an answer that it did not write itself"
+        )
+    return right + [question.answered(length, question.expected) for question in failed[:missing]]
+
+
+def _question(
+    tokenizer: PreTrainedTokenizerBase, stream: TokenStream, length: int, depth: float, rng: np.random.Generator
+) -> _Question:
+    """One to three facts of a kind in real text, and a question about the one at ``depth`` (0 to 1)."""
+    kind = _FACTS[rng.integers(len(_FACTS))]
+    depths = np.concatenate([[depth], rng.random(rng.integers(3))])
+    keys = rng.choice(kind.keys.split(), len(depths), replace=False)
+    values = [str(rng.integers(10 ** (kind.digits - 1), 10**kind.digits)) for _ in keys]
+    facts = [
+        _ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n")
+        for key, value in zip(keys, values, strict=True)
+    ]
+    start, end = chat_frame(tokenizer)
+    before = np.concatenate([start, _ids(tokenizer, _RETRIEVAL_INTRO)]).astype(np.int64)
+    after = np.concatenate([_ids(tokenizer, "\n\n" + kind.question.format(key=keys[0])), end]).astype(np.int64)
+    room = _room(RETRIEVAL, length, len(before) + sum(map(len, facts)) + len(after) + _RETRIEVAL_ANSWER)
+    filler = stream.draw(room + _RETRIEVAL_ANSWER, rng)
+    pieces, done = [], 0
+    for which in np.argsort(depths):
+        place = int(depths[which] * room)
+        pieces += [filler[done:place], facts[which]]
+        done = place
+    answer = _ids(tokenizer, kind.answer.format(key=keys[0], value=values[0]))
+    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _Question(
+        before=before,
+        text=np.concatenate([*pieces, filler[done:]]),
+        after=after,
+        value=values[0],
+        expected=np.concatenate([answer, ending])[:_RETRIEVAL_ANSWER].astype(np.int64),
+    )
+
+
+def _summary(
+    loaded: LoadedModel,
+    stream: TokenStream,
+    length: int,
+    config: CalibrateConfig,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[CalibrationItem]:
+    """Numbered passages from all over the text, and the beginning of the model's summary of them all."""
+    tokenizer = loaded.tokenizer
+    answer_tokens = min(config.answer_tokens, length // 4)
+    count = min(max(length // 512, 3), 6)
+    start, end = chat_frame(tokenizer)
+    before = np.concatenate([start, _ids(tokenizer, _SUMMARY_INTRO.format(count=count))])
+    heads = [_ids(tokenizer, f"\n\nPassage {number}:\n") for number in range(1, count + 1)]
+    after = np.concatenate([_ids(tokenizer, "\n\n" + _SUMMARY_QUESTION), end])
+    room = _room(SUMMARY, length, len(before) + sum(map(len, heads)) + len(after) + answer_tokens)
+    cuts = np.linspace(0, room, count + 1).astype(int)
+    prompts = []
+    for _ in range(config.items):
+        passages = [stream.draw(tokens, rng) for tokens in np.diff(cuts)]
+        numbered = [part for head, passage in zip(heads, passages, strict=True) for part in (head, passage)]
+        prompts.append(np.concatenate([before, *numbered, after]).astype(np.int64))
+    answers = _greedy(loaded, np.stack(prompts), answer_tokens, exactly=True)
+    return [
+        CalibrationItem(np.concatenate([prompt, answer]), len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool = False) -> Iterator[np.ndarray]:
+    """The model's own answers to prompts of one length, each int64 [up to ``tokens``].
+
+    Parameters
+    ----------
+    prompts : int64 array [items, prompt tokens]
+    exactly : bool
+        Do not let the model end its turn before ``tokens`` tokens; else the answer ends with its turn.
+    """
+    model = loaded.model
+    rows = max(1, _BATCH_TOKENS // prompts.shape[1])
+    for first in range(0, len(prompts), rows):
+        batch = torch.as_tensor(prompts[first : first + rows], device=model.device)
+        output = model.generate(
+            input_ids=batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens if exactly else None,
+        )
+        for answer in output[:, batch.shape[1] :].cpu().numpy():
+            ends = np.flatnonzero(np.isin(answer, model.generation_config.eos_token_id))
+            yield answer[: ends[0] + 1] if len(ends) else answer
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+
+
+def _room(source: str, length: int, taken: int) -> int:
+    """Tokens left for text."""
+    least = -(-(taken + _LEAST_TEXT) // 64) * 64
+    if length < least:
+        raise InputError(f"{length} tokens are too few for a {source} item; the shortest length is {least}")
+    return length - taken
