@@ -1,14 +1,10 @@
-"""SpanCache: a KV cache that stores, for every row and KV head, the sink and a ring of the most recent tokens.
+"""SpanCache: the KV cache of a model that runs under a plan, as transformers knows caches.
 
-Storage of a layer is one flat buffer [slots, head_dim] for K and one for V. Each pair (row, KV head) owns ``capacity``
-slots from its ``offset`` on, where capacity is the pair's span; pairs of equal capacity lie side by side, so that they
-can be read as one tensor [pairs, capacity, head_dim] without a copy. A pair's t-th token goes to slot t while there is
-room; then the sink's slots stay and the rest is a ring. Keys are stored after the rotary embedding, so the order inside
-the ring does not matter to the softmax.
+A layer counts rows and columns and refuses what would go wrong; `moa.storage` keeps the bytes, and a backend of
+`moa.attention` reads and writes them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,25 +14,11 @@ from moa.attention import sdpa
 from moa.attention.options import AttentionOptions, effective_span
 from moa.errors import CacheError
 from moa.plan import Plan
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Pairs of equal capacity: ``first`` to ``last`` in the order of storage."""
-
-    first: int
-    last: int
-    offset: int  # first slot
-    capacity: int
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """[pairs, capacity, dim] of a flat buffer, in place."""
-        pairs = self.last - self.first
-        return buffer[self.offset : self.offset + pairs * self.capacity].view(pairs, self.capacity, -1)
+from moa.storage import SpanStore
 
 
 class SpanLayer(CacheLayerMixin):
-    """One layer's storage. ``spans`` int64 [rows, kv_heads] are the plan's, before the model's own sliding window."""
+    """One layer: nothing is allocated before the first tokens are attended, when batch and dtype are known."""
 
     is_compileable = False
     is_croppable = False
@@ -46,13 +28,9 @@ class SpanLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.columns = 0  # tokens seen, padding included: what positions and masks count in
-        self.keys: torch.Tensor
-        self.values: torch.Tensor
-
-    # Allocation ------------------------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: slots are allocated when the first tokens are attended, and the layer's window is known."""
+        """Nothing to do here; see `allocate`."""
 
     def allocate(
         self,
@@ -61,71 +39,30 @@ class SpanLayer(CacheLayerMixin):
         sink: int,
         key: torch.Tensor,
         value: torch.Tensor,
-        window: int | None,
+        sliding_window: int | None,
     ) -> None:
-        """Reserve the slots for ``spans`` int64 [rows, kv_heads] of sequences of ``lengths`` int64 [rows] tokens."""
-        self.sliding_window = window
-        self.sink = effective_span(0, sink, window)[1]
-        self.planned_sink = sink
+        """Reserve slots for a plan's ``spans`` int64 [rows, kv_heads], for sequences of ``lengths`` int64 [rows]."""
         self.seen = np.zeros(len(spans), np.int64)  # real tokens of each row
         self.lengths = lengths
-        self._lay_out(spans, key, value)
+        self.spans = spans
+        self.sliding_window = sliding_window
+        self.store = SpanStore(self._capacity(), effective_span(0, sink, sliding_window)[1], key, value)
         self.is_initialized = True
 
-    def _lay_out(self, spans: np.ndarray, like_key: torch.Tensor, like_value: torch.Tensor) -> None:
-        """Empty buffers in the dtype, device and last dimension of the tensors given."""
-        self.spans = spans
-        rows, heads = spans.shape
-        capacity = np.minimum(spans, spans if self.sliding_window is None else self.sliding_window).reshape(-1)
-        self.order = np.argsort(capacity, kind="stable")  # storage order -> pair (row * heads + head)
-        starts = np.concatenate([[0], np.cumsum(capacity[self.order])])
-        self.capacity = capacity
-        self.offset = np.empty_like(capacity)
-        self.offset[self.order] = starts[:-1]
-        self.written = np.zeros(rows * heads, np.int64)
-        sizes, firsts = np.unique(capacity[self.order], return_index=True)
-        lasts = [*firsts[1:], len(capacity)]
-        self.groups = tuple(
-            _Group(int(first), int(last), int(starts[first]), int(size))
-            for size, first, last in zip(sizes, firsts, lasts, strict=True)
-        )
-        device = like_key.device
-        in_place = bool((self.order == np.arange(len(self.order))).all())
-        self.to_storage = None if in_place else torch.from_numpy(self.order).to(device)
-        self.to_pairs = None if in_place else torch.from_numpy(np.argsort(self.order)).to(device)
-        slots = int(starts[-1])
-        self.keys = torch.empty(slots, like_key.shape[-1], dtype=like_key.dtype, device=device)
-        self.values = torch.empty(slots, like_value.shape[-1], dtype=like_value.dtype, device=device)
+    def _capacity(self) -> np.ndarray:
+        return self.spans if self.sliding_window is None else np.minimum(self.spans, self.sliding_window)
 
     def grow(self, spans: np.ndarray, lengths: np.ndarray) -> None:
-        """Larger spans for a longer sequence. Spans never shrink, and what was evicted stays evicted."""
+        """Larger spans for longer sequences. Spans never shrink, and what was evicted stays evicted."""
         self.lengths = np.maximum(self.lengths, lengths)
-        self._move(np.arange(len(self.seen)), np.maximum(self.spans, spans))
+        self.spans = np.maximum(self.spans, spans)
+        self.store = self.store.moved(np.arange(len(self.seen)), self._capacity())
 
-    def _move(self, rows: np.ndarray, spans: np.ndarray) -> None:
-        """New storage whose row i holds what row ``rows[i]`` held, with ``spans`` [len(rows), kv_heads]."""
-        heads = spans.shape[1]
-        source = (rows[:, None] * heads + np.arange(heads)).reshape(-1)  # pair moved to each new pair
-        slots = [self._ordered_slots(pair) for pair in source]
-        keys, values = self.keys, self.values
-        self._lay_out(spans, keys, values)
-        self.written = np.array([len(old) for old in slots], np.int64)
-        new = np.concatenate([self.offset[pair] + np.arange(len(old)) for pair, old in enumerate(slots)])
-        old = torch.from_numpy(np.concatenate(slots)).to(keys.device)
-        target = torch.from_numpy(new).to(keys.device)
-        self.keys[target] = keys[old]
-        self.values[target] = values[old]
-
-    def _ordered_slots(self, pair: int) -> np.ndarray:
-        """Slots of a pair's stored tokens, oldest first."""
-        written, capacity = self.written[pair], self.capacity[pair]
-        if written <= capacity:
-            return self.offset[pair] + np.arange(written)
-        ring = capacity - self.sink
-        oldest = (written - self.sink) % ring
-        return self.offset[pair] + np.concatenate([np.arange(self.sink), self.sink + (oldest + np.arange(ring)) % ring])
-
-    # Attention -------------------------------------------------------------------------------------------------------
+    def select_rows(self, rows: np.ndarray) -> None:
+        """Row i becomes a copy of what row ``rows[i]`` is."""
+        if self.is_initialized:
+            self.seen, self.lengths, self.spans = self.seen[rows], self.lengths[rows], self.spans[rows]
+            self.store = self.store.moved(rows, self._capacity())
 
     def attend(
         self,
@@ -135,19 +72,7 @@ class SpanLayer(CacheLayerMixin):
         valid: np.ndarray | None,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Attention of new tokens over what is stored and over each other; then they are stored.
-
-        Parameters
-        ----------
-        query : [rows, query_heads, new, head_dim]
-        key, value : [rows, kv_heads, new, dim]
-        valid : bool [rows, new], optional
-            False where a new token is padding: it is not stored and its output is 0.
-
-        Returns
-        -------
-        [rows, query_heads, new, value_dim]
-        """
+        """Attention of new tokens, which are stored; shapes as in `moa.attention.sdpa.attend`."""
         new = query.shape[2] if valid is None else valid.sum(axis=1)
         if (self.seen + new > self.lengths).any():
             raise CacheError(
@@ -155,93 +80,7 @@ class SpanLayer(CacheLayerMixin):
                 f"{(self.seen + new).tolist()}; give it the total length, or call cache.grow(lengths) first"
             )
         self.seen = self.seen + new
-        if query.shape[2] == 1 and valid is None:
-            return self._decode(query, key, value, options)
-        if valid is None or valid.all():
-            return self._prefill(np.arange(len(query)), query, key, value, options)
-        output = value.new_zeros(*query.shape[:3], value.shape[3])
-        for row in range(len(query)):  # rows with padding differ in length, so each is a sequence of its own
-            columns = torch.from_numpy(np.flatnonzero(valid[row])).to(query.device)
-            if len(columns):
-                q, k, v = (tensor[row : row + 1].index_select(2, columns) for tensor in (query, key, value))
-                output[row, :, columns] = self._prefill(np.array([row]), q, k, v, options)[0]
-        return output
-
-    def _decode(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
-    ) -> torch.Tensor:
-        """One valid new token in every row: stored first, then everything stored is read in place."""
-        rows, query_heads = query.shape[:2]
-        ring = self.capacity - self.sink
-        wrapped = self.sink + (self.written - self.sink) % np.maximum(ring, 1)
-        slot = self.offset + np.where(self.written < self.capacity, self.written, wrapped)
-        slots = torch.from_numpy(slot).to(query.device)
-        self.keys.index_copy_(0, slots, key.reshape(len(slot), -1))
-        self.values.index_copy_(0, slots, value.reshape(len(slot), -1))
-        self.written = self.written + 1
-
-        grouped = query.reshape(len(slot), -1, query.shape[3])  # [pairs, group, head_dim]
-        sink_logits = sdpa.logits_per_pair(options.sink_logits, rows, grouped.shape[:2])
-        if self.to_storage is not None:
-            grouped = grouped.index_select(0, self.to_storage)
-            sink_logits = sink_logits if sink_logits is None else sink_logits.index_select(0, self.to_storage)
-        stored = np.minimum(self.written, self.capacity)[self.order]
-        outputs = []
-        for group in self.groups:
-            filled = stored[group.first : group.last]
-            most = int(filled.max())
-            outputs.append(
-                sdpa.decode_group(
-                    grouped[group.first : group.last],
-                    group.view(self.keys)[:, :most],
-                    group.view(self.values)[:, :most],
-                    options,
-                    None if sink_logits is None else sink_logits[group.first : group.last],
-                    None if (filled == most).all() else torch.from_numpy(filled).to(query.device),
-                )
-            )
-        output = torch.cat(outputs)
-        if self.to_pairs is not None:
-            output = output.index_select(0, self.to_pairs)
-        return output.view(rows, query_heads, 1, -1)
-
-    def _prefill(
-        self,
-        rows: np.ndarray,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """New tokens of ``rows``, all valid; tensors hold these rows only."""
-        heads = key.shape[1]
-        past = (rows[:, None] * heads + np.arange(heads)).reshape(-1)  # the rows' pairs in the storage
-        states = np.stack([self.capacity[past], self.written[past]], axis=1)
-        output = value.new_empty(len(past), query.shape[1] // heads, query.shape[2], value.shape[3])
-        for (capacity, written), local in sdpa.equal_rows(states):
-            pairs = past[local]
-            if written:
-                slots = torch.from_numpy(np.stack([self._ordered_slots(pair) for pair in pairs])).to(key.device)
-                stored = (self.keys[slots], self.values[slots])
-            else:
-                stored = None
-            piece = sdpa.prefill_pairs(local, query, key, value, int(capacity), self.sink, options, stored)
-            output[torch.from_numpy(local).to(key.device)] = piece
-            self._store(pairs, local, key, value)
-        return output.view(*query.shape[:3], -1)
-
-    def _store(self, pairs: np.ndarray, local: np.ndarray, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store new tokens of pairs with equal capacity and count: only those that will still be there at the end."""
-        written, capacity, new = int(self.written[pairs[0]]), int(self.capacity[pairs[0]]), key.shape[2]
-        tokens = written + np.arange(new)
-        ring = capacity - self.sink
-        kept = (tokens < self.sink) | (tokens >= written + new - ring)
-        index = np.where(tokens < capacity, tokens, self.sink + (tokens - self.sink) % max(ring, 1))
-        target = torch.from_numpy((self.offset[pairs][:, None] + index[kept]).reshape(-1)).to(key.device)
-        source = torch.from_numpy((local[:, None] * new + np.flatnonzero(kept)).reshape(-1)).to(key.device)
-        self.keys.index_copy_(0, target, key.reshape(-1, key.shape[3]).index_select(0, source))
-        self.values.index_copy_(0, target, value.reshape(-1, value.shape[3]).index_select(0, source))
-        self.written[pairs] = written + new
+        return sdpa.attend(self.store, query, key, value, valid, options)
 
     # What transformers may ask ---------------------------------------------------------------------------------------
 
@@ -264,15 +103,8 @@ class SpanLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything and give the slots back."""
         if self.is_initialized:
-            del self.keys, self.values
+            del self.store
         self.columns, self.is_initialized = 0, False
-
-    def select_rows(self, rows: np.ndarray) -> None:
-        """Row i becomes a copy of what row ``rows[i]`` is."""
-        if not self.is_initialized:
-            return
-        self.seen, self.lengths = self.seen[rows], self.lengths[rows]
-        self._move(rows, self.spans[rows])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, possible while nothing has been evicted.
@@ -285,20 +117,19 @@ class SpanLayer(CacheLayerMixin):
         remove = abs(tokens_to_remove)
         if remove == 0 or not self.is_initialized:
             return
-        if (self.written > self.capacity).any() or (self.written < remove).any():
+        store = self.store
+        if (store.written > store.capacity).any() or (store.written < remove).any():
             raise CacheError(
                 f"cannot take {remove} tokens back from a SpanCache that has already evicted keys for them; generate "
                 "without assisted or prompt-lookup decoding"
             )
-        self.written = self.written - remove
+        store.written -= remove
         self.seen = self.seen - remove
         self.columns -= remove
 
     def nbytes(self) -> int:
         """Bytes of K and V held."""
-        if not self.is_initialized:
-            return 0
-        return sum(buffer.numel() * buffer.element_size() for buffer in (self.keys, self.values))
+        return self.store.nbytes() if self.is_initialized else 0
 
 
 class SpanCache(Cache):

@@ -41,7 +41,9 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        with RichProgress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        ) as bar:
             yield from bar.track(items, total=total, description=what)
         self.say(f"{what}: done in {time.perf_counter() - started:.1f} s")
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 
 from moa.attention.options import AttentionOptions, effective_span
+from moa.storage import SpanStore
 
 STRIP = 256  # queries a strip: larger costs memory and masked work, smaller costs calls
 
@@ -52,6 +53,117 @@ def prefill(
     return output.reshape(*query.shape[:3], -1)
 
 
+def attend(
+    store: SpanStore,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: np.ndarray | None,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of new tokens over what is stored and over each other; then they are stored.
+
+    Parameters
+    ----------
+    store : SpanStore
+    query : [rows, query_heads, new, head_dim]
+    key, value : [rows, kv_heads, new, dim]
+    valid : bool [rows, new], optional
+        False where a new token is padding: it is not stored and its output is 0.
+
+    Returns
+    -------
+    [rows, query_heads, new, value_dim]
+    """
+    if valid is None and query.shape[2] == 1:
+        return _decode(store, query, key, value, options)
+    if valid is None:
+        return _extend(store, np.arange(store.rows), query, key, value, options)
+    output = value.new_zeros(*query.shape[:3], value.shape[3])
+    for row in range(store.rows):  # rows with padding differ in length, so each is a sequence of its own
+        columns = torch.from_numpy(np.flatnonzero(valid[row])).to(query.device)
+        if len(columns):
+            q, k, v = (tensor[row : row + 1].index_select(2, columns) for tensor in (query, key, value))
+            output[row, :, columns] = _extend(store, np.array([row]), q, k, v, options)[0]
+    return output
+
+
+def _decode(
+    store: SpanStore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+) -> torch.Tensor:
+    """One new token in every row: stored first, then everything stored is read in place."""
+    rows, query_heads, _, dim = query.shape
+    pairs = np.arange(len(store.capacity))
+    slots = torch.from_numpy(store.slot(pairs, store.written)).to(query.device)
+    store.keys.index_copy_(0, slots, key.reshape(len(pairs), -1))
+    store.values.index_copy_(0, slots, value.reshape(len(pairs), -1))
+    store.written += 1
+
+    grouped = query.reshape(len(pairs), -1, dim)
+    sink_logits = _logits_per_pair(options.sink_logits, rows, grouped.shape[:2])
+    in_place = len(store.groups) == 1
+    if not in_place:
+        order = torch.from_numpy(store.order).to(query.device)
+        grouped = grouped.index_select(0, order)
+        sink_logits = None if sink_logits is None else sink_logits.index_select(0, order)
+    stored = store.stored()[store.order]
+    outputs = []
+    for group in store.groups:
+        members = slice(group.first, group.last)
+        most = int(stored[members].max())
+        outputs.append(
+            decode_group(
+                grouped[members],
+                group.view(store.keys)[:, :most],
+                group.view(store.values)[:, :most],
+                options,
+                None if sink_logits is None else sink_logits[members],
+                None if (stored[members] == most).all() else torch.from_numpy(stored[members]).to(query.device),
+            )
+        )
+    output = torch.cat(outputs)
+    if not in_place:
+        output = torch.empty_like(output).index_copy_(0, order, output)
+    return output.view(rows, query_heads, 1, -1)
+
+
+def _extend(
+    store: SpanStore,
+    rows: np.ndarray,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Several new tokens of ``rows``, none of them padding; the tensors hold these rows only."""
+    mine = (rows[:, None] * store.heads + np.arange(store.heads)).reshape(-1)  # the rows' pairs in the storage
+    output = value.new_empty(len(mine), query.shape[1] // store.heads, query.shape[2], value.shape[3])
+    for (capacity, written), pairs in equal_rows(np.stack([store.capacity[mine], store.written[mine]], axis=1)):
+        past = None
+        if written:
+            slots = torch.from_numpy(np.stack([store.ordered_slots(pair) for pair in mine[pairs]])).to(key.device)
+            past = (store.keys[slots], store.values[slots])
+        piece = prefill_pairs(pairs, query, key, value, int(capacity), store.sink, options, past)
+        output[torch.from_numpy(pairs).to(key.device)] = piece
+        _append(store, mine[pairs], pairs, key, value)
+    return output.view(*query.shape[:3], -1)
+
+
+def _append(store: SpanStore, pairs: np.ndarray, local: np.ndarray, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Store new tokens of pairs with equal capacity and count: only those that will still be there at the end.
+
+    ``local`` are the same pairs, counted in ``key`` and ``value``.
+    """
+    written, capacity, new = int(store.written[pairs[0]]), int(store.capacity[pairs[0]]), key.shape[2]
+    tokens = written + np.arange(new)
+    kept = (tokens < store.sink) | (tokens >= written + new - (capacity - store.sink))
+    target = torch.from_numpy(store.slot(pairs[:, None], tokens[kept]).reshape(-1)).to(key.device)
+    source = torch.from_numpy((local[:, None] * new + np.flatnonzero(kept)).reshape(-1)).to(key.device)
+    store.keys.index_copy_(0, target, key.reshape(-1, key.shape[3]).index_select(0, source))
+    store.values.index_copy_(0, target, value.reshape(-1, value.shape[3]).index_select(0, source))
+    store.written[pairs] += new
+
+
 def prefill_pairs(
     pairs: np.ndarray,
     query: torch.Tensor,
@@ -89,7 +201,7 @@ def prefill_pairs(
     keys, values = (pick(tensor.reshape(rows * heads, new, -1)) for tensor in (key, value))
     if past is not None:
         keys, values = torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1)
-    logits = logits_per_pair(options.sink_logits, rows, (rows * heads, queries.shape[1]))
+    logits = _logits_per_pair(options.sink_logits, rows, (rows * heads, queries.shape[1]))
     return prefill_group(queries, keys, values, span, sink, options, None if logits is None else pick(logits))
 
 
@@ -208,7 +320,7 @@ def _softmax_attention(
     return mixed.view(pairs, group, queries, -1)
 
 
-def logits_per_pair(sink_logits: torch.Tensor | None, rows: int, shape: Sequence[int]) -> torch.Tensor | None:
+def _logits_per_pair(sink_logits: torch.Tensor | None, rows: int, shape: Sequence[int]) -> torch.Tensor | None:
     """Learned logits [query_heads] for every pair: ``shape`` is [rows * kv_heads, group]."""
     return None if sink_logits is None else sink_logits.repeat(rows).reshape(*shape)
 

@@ -1,0 +1,102 @@
+"""Where a layer's keys and values lie: the sink and a ring of recent tokens for every pair (row, KV head).
+
+One flat buffer [slots, head_dim] for K and one for V. Pair p (row * kv_heads + head) owns ``capacity[p]`` slots from
+``offset[p]`` on; capacity is its span. Pairs of equal capacity lie side by side, so that they can be read as one
+tensor [pairs, capacity, head_dim] without a copy. A pair's t-th token goes to slot t while there is room; then the
+sink's slots stay and the rest is a ring. Keys are stored after the rotary embedding, so the order inside the ring does
+not matter to the softmax. How many tokens a pair was given, ``written[p]``, is all the state there is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pairs of equal capacity: ``first`` to ``last`` in the order of storage."""
+
+    first: int
+    last: int
+    offset: int  # first slot
+    capacity: int
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """[pairs, capacity, dim] of a flat buffer, in place."""
+        pairs = self.last - self.first
+        return buffer[self.offset : self.offset + pairs * self.capacity].view(pairs, self.capacity, -1)
+
+
+class SpanStore:
+    """Empty slots for ``capacity`` int64 [rows, kv_heads] tokens, in the dtype, device and width of the tensors given.
+
+    Attributes
+    ----------
+    keys : [slots, head_dim]
+    values : [slots, value_dim]
+    capacity, offset, written : int64 [pairs]
+        On the host. Backends that keep a copy on the device keep it equal.
+    order : int64 [pairs]
+        Storage order: pair ``order[i]`` is the i-th in the buffers.
+    groups : tuple of Group
+    sink : int
+        Slots of a pair that are never overwritten.
+    """
+
+    def __init__(self, capacity: np.ndarray, sink: int, like_key: torch.Tensor, like_value: torch.Tensor):
+        self.rows, self.heads = capacity.shape
+        self.sink = sink
+        self.capacity = capacity.reshape(-1).astype(np.int64)
+        self.order = np.argsort(self.capacity, kind="stable")
+        ordered = self.capacity[self.order]
+        starts = np.concatenate([[0], np.cumsum(ordered)])
+        self.offset = np.empty_like(self.capacity)
+        self.offset[self.order] = starts[:-1]
+        self.written = np.zeros_like(self.capacity)
+        sizes, firsts = np.unique(ordered, return_index=True)
+        self.groups = tuple(
+            Group(int(first), int(last), int(starts[first]), int(size))
+            for size, first, last in zip(sizes, firsts, [*firsts[1:], len(ordered)], strict=True)
+        )
+        slots = int(starts[-1])
+        self.keys = like_key.new_empty(slots, like_key.shape[-1])
+        self.values = like_value.new_empty(slots, like_value.shape[-1])
+
+    def stored(self) -> np.ndarray:
+        """How many tokens each pair holds: int64 [pairs]."""
+        return np.minimum(self.written, self.capacity)
+
+    def slot(self, pairs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Slots of the pairs' ``tokens``-th tokens; shapes broadcast."""
+        capacity = self.capacity[pairs]
+        ring = np.maximum(capacity - self.sink, 1)
+        return self.offset[pairs] + np.where(tokens < capacity, tokens, self.sink + (tokens - self.sink) % ring)
+
+    def ordered_slots(self, pair: int) -> np.ndarray:
+        """Slots of what a pair holds, oldest first."""
+        written, capacity = self.written[pair], self.capacity[pair]
+        tokens = np.arange(max(written - capacity, 0), written)
+        if written > capacity:
+            tokens[: self.sink] = np.arange(self.sink)
+        return self.slot(np.array(pair), tokens)
+
+    def moved(self, rows: np.ndarray, capacity: np.ndarray) -> "SpanStore":
+        """New storage whose row i holds what row ``rows[i]`` holds here, in ``capacity`` [len(rows), kv_heads] slots.
+
+        No pair may get less room than it has. Its tokens are laid out in order of age, as if there had been no others.
+        """
+        source = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)  # the pair behind each new pair
+        slots = [self.ordered_slots(pair) for pair in source]
+        target = SpanStore(capacity, self.sink, self.keys, self.values)
+        target.written = np.array([len(old) for old in slots], np.int64)
+        new = np.concatenate([start + np.arange(len(old)) for start, old in zip(target.offset, slots, strict=True)])
+        index = torch.from_numpy(np.concatenate(slots)).to(self.keys.device)
+        place = torch.from_numpy(new).to(self.keys.device)
+        target.keys[place] = self.keys[index]
+        target.values[place] = self.values[index]
+        return target
+
+    def nbytes(self) -> int:
+        """Bytes of K and V held."""
+        return self.keys.nbytes + self.values.nbytes
