@@ -20,7 +20,7 @@ demo: $(VENV)/.ready
 	$(BIN)/moa search demo --density 0.5 --lengths 512,1024 --run-dir $(RUN) --output $(RUN)/plan-50.json
 	$(BIN)/moa search demo --density 0.25 --lengths 512,1024 --run-dir $(RUN) --output $(RUN)/plan-25.json
 	$(BIN)/moa show $(RUN)/plan-50.json --at 1024 --lengths 1024,2048,4096,8192
-	$(BIN)/moa eval demo --plan $(RUN)/plan-50.json --plan $(RUN)/plan-25.json --lengths 1024 --items 20 \
+	$(BIN)/moa eval demo --plan $(RUN)/plan-50.json --plan $(RUN)/plan-25.json --lengths 1536 --items 30 \
 	  --tasks passkey --json $(RESULT).json
 
 test: $(VENV)/.ready

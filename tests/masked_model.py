@@ -40,7 +40,7 @@ def _attention(model, name):
 
 
 def masked_logits(model, plan, ids, length):
-    """Logits [rows, tokens, vocabulary] of whole sequences ``ids``, planned for ``length`` tokens, without any cache."""
+    """Logits [rows, tokens, vocabulary] of whole sequences ``ids``, planned for ``length`` tokens, without a cache."""
     _CURRENT.update(spans=np.repeat(plan.spans(length)[None], len(ids), axis=0), sink=plan.sink)
     with _attention(model, "test_eager_under_mask"), torch.no_grad():
         return model(ids, use_cache=False).logits

@@ -142,7 +142,8 @@ def test_repeating_rows_repeats_their_history():
     cache.batch_repeat_interleave(2)
     twice = [tensor[:, :, 30:].repeat_interleave(2, 0) for tensor in (q, k, v)]
     spans = torch.tensor([[6]] * 4)
-    expected = span_attention(*(tensor.repeat_interleave(2, 0) for tensor in (q, k, v)), spans, 4, AttentionOptions(0.5))
+    history = (tensor.repeat_interleave(2, 0) for tensor in (q, k, v))
+    expected = span_attention(*history, spans, 4, AttentionOptions(0.5))
     torch.testing.assert_close(attend(cache, *twice), expected[:, :, -1:])
 
 

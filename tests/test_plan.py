@@ -115,7 +115,7 @@ def test_damaged_and_future_files_are_refused(tmp_path, text, reason):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(PlanError, match="nowhere.json"):
+    with pytest.raises(PlanError, match=r"nowhere\.json"):
         Plan.load(tmp_path / "nowhere.json")
 
 
@@ -158,7 +158,9 @@ def test_a_group_of_published_query_heads_gets_its_largest_span():
     assert plan.spans(8192).tolist() == [[4096 + 64, 2048 + 64]]
 
 
-@pytest.mark.parametrize("data", [{"alphas": [[0]], "betas": [[0]]}, {"alphas": []}, {"alphas": [["a"]], "betas": [[0]]}])
+@pytest.mark.parametrize(
+    "data", [{"alphas": [[0]], "betas": [[0]]}, {"alphas": []}, {"alphas": [["a"]], "betas": [[0]]}]
+)
 def test_published_files_that_do_not_fit_are_refused(data):
     with pytest.raises(PlanError, match="published plan"):
         Plan.from_published(data, ModelIdentity("llama", 2, 2, 4, 64))

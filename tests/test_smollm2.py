@@ -1,4 +1,4 @@
-"""A real model (SmolLM2-135M-Instruct, float32) under plans: the same tokens as under the explicit mask, from fewer bytes."""
+"""A real model (SmolLM2-135M-Instruct, float32) under plans: the tokens of the explicit mask, from fewer bytes."""
 
 import json
 import subprocess

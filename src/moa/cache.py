@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from moa.attention import sdpa
+from moa.attention import backends
 from moa.attention.options import AttentionOptions, effective_span
 from moa.errors import CacheError
 from moa.plan import Plan
@@ -47,6 +47,7 @@ class SpanLayer(CacheLayerMixin):
         self.spans = spans
         self.sliding_window = sliding_window
         self.store = SpanStore(self._capacity(), effective_span(0, sink, sliding_window)[1], key, value)
+        self.backend = backends.pick(key.device, key.dtype, key.shape[-1])
         self.is_initialized = True
 
     def _capacity(self) -> np.ndarray:
@@ -80,7 +81,7 @@ class SpanLayer(CacheLayerMixin):
                 f"{(self.seen + new).tolist()}; give it the total length, or call cache.grow(lengths) first"
             )
         self.seen = self.seen + new
-        return sdpa.attend(self.store, query, key, value, valid, options)
+        return self.backend.attend(self.store, query, key, value, valid, options)
 
     # What transformers may ask ---------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class SpanLayer(CacheLayerMixin):
                 f"cannot take {remove} tokens back from a SpanCache that has already evicted keys for them; generate "
                 "without assisted or prompt-lookup decoding"
             )
-        store.written -= remove
+        store.take_back(remove)
         self.seen = self.seen - remove
         self.columns -= remove
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from moa.errors import InputError, MoAError
-from moa.evaluation import TASKS
 
 # typer brings click along, under its own name in newer versions
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -382,34 +381,32 @@ def evaluate(
     model: Model,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
     against: Annotated[str, typer.Option(help="Baselines: dense, uniform (at each plan's density).")] = "dense,uniform",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths.")] = "1024",
-    tasks: Annotated[str, typer.Option(help="Of passkey, lines, perplexity, memory, speed.")] = ",".join(TASKS),
+    lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "1024",
+    tasks: Annotated[str, typer.Option(help="Of passkey, lines, perplexity; or none.")] = "passkey,lines,perplexity",
     items: Annotated[int, typer.Option(help="Prompts per retrieval task.")] = 20,
-    text: Annotated[Path | None, typer.Option("--text", help="Real text (default: Python's docstrings).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 2406,
+    decode_steps: Annotated[int, typer.Option(help="Tokens in each timed round of decoding; 0 for no timing.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
     dtype: DType = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure plans against dense attention and uniform windows: answers, bytes and speed in one table."""
-    from moa.evaluation.compare import EvaluateConfig, table, to_json, to_markdown
+    from moa.evaluation.compare import EvaluateConfig, device_info, table, to_json, to_markdown
     from moa.evaluation.compare import evaluate as measure
-    from moa.evaluation.tasks import default_evaluation_text
     from moa.files import check_writable, write_json, write_text
     from moa.plan import Plan
     from moa.progress import Progress
-    from moa.search.text import text_from_files
 
     if json:
         check_writable(json)
     wanted = _numbers(lengths, "--lengths") or ()
-    config = EvaluateConfig(wanted, tuple(tasks.split(",")), items, seed=seed)
+    chosen = () if tasks == "none" else tuple(tasks.split(","))
+    config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
     baselines = against.split(",")
     if set(baselines) - {"dense", "uniform"}:
         raise InputError(f"--against {against!r}: expected dense, uniform or both, with a comma")
     plans = {path.stem: Plan.load(path) for path in plan or ()}
-    source = text_from_files([text]).text if text else default_evaluation_text()
     loaded = _load(model, dtype, device, quiet)
     methods: dict[str, Plan | None] = {"dense": None} if "dense" in baselines else {}
     for name, rules in plans.items():
@@ -420,12 +417,13 @@ def evaluate(
         methods[f"MoA {name}"] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
-    rows = measure(loaded, methods, source, config, Progress(quiet))
+    rows = measure(loaded, methods, config, Progress(quiet))
     out.print(table(rows))
     if json:
         command = "moa " + " ".join(sys.argv[1:])
-        write_json(json, to_json(rows, command, model))
-        write_text(json.with_suffix(".md"), to_markdown(rows, command))
+        machine = device_info(loaded.model.device)
+        write_json(json, to_json(rows, command, machine))
+        write_text(json.with_suffix(".md"), to_markdown(rows, command, machine))
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
 
 

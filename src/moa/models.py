@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -89,8 +90,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", progress: P
     location = _locate(name, progress)
     with _loading(name, location):
         tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=weights_dtype)
-        model.to(device=target)
+        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=weights_dtype)
+        model.to(target)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.masking_utils import AttentionMaskInterface
 
-from moa.attention import sdpa
+from moa.attention import backends
 from moa.attention.options import AttentionOptions
 from moa.cache import SpanCache
 from moa.errors import CacheError, UnsupportedModelError
@@ -203,16 +203,17 @@ def _without_cache(
 ) -> torch.Tensor:
     """Attention of whole sequences: N is each row's own length."""
     rows, _, tokens, _ = query.shape
+    backend = backends.pick(key.device, key.dtype, key.shape[-1])
     if valid is None:
         spans = np.repeat(plan.spans(tokens)[layer][None], rows, axis=0)
-        return sdpa.prefill(query, key, value, spans, plan.sink, options)
+        return backend.prefill(query, key, value, spans, plan.sink, options)
     output = value.new_zeros(*query.shape[:3], value.shape[3])
     for row in range(rows):
         columns = torch.from_numpy(np.flatnonzero(valid[row])).to(query.device)
         if len(columns):
             q, k, v = (tensor[row : row + 1].index_select(2, columns) for tensor in (query, key, value))
             spans = plan.spans(len(columns))[layer][None]
-            output[row, :, columns] = sdpa.prefill(q, k, v, spans, plan.sink, options)[0]
+            output[row, :, columns] = backend.prefill(q, k, v, spans, plan.sink, options)[0]
     return output
 
 

@@ -8,6 +8,7 @@ not matter to the softmax. How many tokens a pair was given, ``written[p]``, is 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,6 +29,15 @@ class Group:
         return buffer[self.offset : self.offset + pairs * self.capacity].view(pairs, self.capacity, -1)
 
 
+@dataclass(frozen=True)
+class DeviceCounts:
+    """``offset``, ``capacity`` and ``written`` of a store for kernels: int32 [pairs] on the buffers' device."""
+
+    offset: torch.Tensor
+    capacity: torch.Tensor
+    written: torch.Tensor
+
+
 class SpanStore:
     """Empty slots for ``capacity`` int64 [rows, kv_heads] tokens, in the dtype, device and width of the tensors given.
 
@@ -36,7 +46,7 @@ class SpanStore:
     keys : [slots, head_dim]
     values : [slots, value_dim]
     capacity, offset, written : int64 [pairs]
-        On the host. Backends that keep a copy on the device keep it equal.
+        On the host; a backend that counts on the device (`on_device`) counts here as well.
     order : int64 [pairs]
         Storage order: pair ``order[i]`` is the i-th in the buffers.
     groups : tuple of Group
@@ -96,6 +106,17 @@ class SpanStore:
         target.keys[place] = self.keys[index]
         target.values[place] = self.values[index]
         return target
+
+    def take_back(self, tokens: int) -> None:
+        """Forget each pair's last tokens; right only while nothing was overwritten."""
+        self.written -= tokens
+        self.__dict__.pop("on_device", None)
+
+    @cached_property
+    def on_device(self) -> DeviceCounts:
+        """The counts as they are now, for a backend that advances them on the device from here on."""
+        counts = (self.offset, self.capacity, self.written)
+        return DeviceCounts(*(torch.from_numpy(count.astype(np.int32)).to(self.keys.device) for count in counts))
 
     def nbytes(self) -> int:
         """Bytes of K and V held."""

@@ -1,14 +1,12 @@
-"""The table of `moa eval`: what methods keep of the dense model's answers, in how many bytes, and how fast.
-
-A method is a plan, or no plan: the untouched dense model with its own cache. All methods see the same items.
-"""
+"""The table of `moa eval`: what plans cost in quality and give in memory and speed, beside the dense model."""
 
 import os
 import platform
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,336 +15,332 @@ import torch
 import transformers
 from rich.table import Table
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
 from moa.cache import SpanCache
 from moa.errors import InputError
-from moa.evaluation import TASKS
-from moa.evaluation.tasks import TaskItem, lines_items, passkey_items, score, text_chunks, text_perplexity
+from moa.evaluation.tasks import (
+    TaskItem,
+    default_evaluation_text,
+    lines_items,
+    logits_at,
+    passkey_items,
+    score,
+    text_chunks,
+    text_perplexity,
+)
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
-from moa.report.terminal import size
 from moa.runtime import apply
 
-DENSE = "dense"
-_BATCH = 4  # prompts of one task have one length, so they need no padding
-_UNITS = {"memory": "kv_bytes", "speed": "decode_tokens_per_s"}
+PASSKEY = "passkey"
+LINES = "lines"
+PERPLEXITY = "perplexity"
+TASKS = (PASSKEY, LINES, PERPLEXITY)
+
+# Prompts of one length are answered together, up to this many tokens.
+_BATCH_TOKENS = 8192
+# Rounds of decode steps: the first warms up, the median of the others counts.
+_ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured.
+    """What to measure.
 
     Attributes
     ----------
     lengths : tuple of int
-        Prompt lengths in tokens.
+        Total lengths N, prompt and new tokens.
+    items : int
+        Prompts of each retrieval task and length.
     tasks : tuple of str
-        Of `TASKS`: passkey and lines are accuracies over ``items`` prompts; perplexity is that of ``chunks`` stretches
-        of text; memory is the bytes of K and V in the cache after a prompt; speed is the rate of greedy decoding of
-        one sequence behind a prompt, from the median time of a step over all rounds.
-    items, chunks : int
-    new_tokens : int
-        Longest answer.
-    rounds, steps : int
-        Decoding is timed ``rounds`` times, ``steps`` tokens each, the methods taking turns.
+        Of `TASKS`.
+    max_new_tokens : int
+        Tokens a method may write to answer; the prompts are so much shorter than N.
+    chunks : int
+        Stretches of text, of N tokens each, for the perplexity.
+    decode_steps : int
+        Tokens in a timed round at the longest length; 0 leaves speed out.
     seed : int
+        Of the retrieval tasks.
     """
 
     lengths: tuple[int, ...]
-    tasks: tuple[str, ...] = TASKS
     items: int = 20
+    tasks: tuple[str, ...] = TASKS
+    max_new_tokens: int = 12
     chunks: int = 4
-    new_tokens: int = 8
-    rounds: int = 5
-    steps: int = 8
-    seed: int = 2406
-
-    def __post_init__(self) -> None:
-        unknown = set(self.tasks) - set(TASKS)
-        if unknown or not self.tasks:
-            raise InputError(f"unknown tasks {sorted(unknown)}; choose from {', '.join(TASKS)}")
-        if not self.lengths or min(self.lengths) < 1 or min(self.items, self.chunks, self.rounds, self.steps) < 1:
-            raise InputError("lengths, items, chunks, rounds and steps must all be at least 1")
+    decode_steps: int = 16
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number.
+    """One method at one length; None is what was not measured.
 
     Attributes
     ----------
     method : str
-    density : float
-        Stored KV over all KV by the plan, at ``length``.
-    task : str
-        passkey, lines, perplexity, kv_bytes or decode_tokens_per_s.
+        A plan's name, or the dense model's.
     length : int
-        Tokens of the prompt or text.
-    score : float
-    n : int
-        Items, chunks or timed steps behind the score.
+        N, tokens.
+    density : float
+        Stored over all KV tokens, by the plan.
+    kv_bytes : int
+        Keys and values of one sequence of N tokens, measured in the cache.
+    dense_kv_bytes : int
+        The same if every token were stored.
+    passkey, lines : float, optional
+        Share of ``items`` prompts answered right.
+    perplexity : float, optional
+        Of held-out text, in chunks of N tokens.
+    decode_tokens_per_s : float, optional
+        One sequence, near the end of N tokens; at the longest length only.
     """
 
     method: str
-    density: float
-    task: str
     length: int
-    score: float
-    n: int
+    density: float
+    kv_bytes: int
+    dense_kv_bytes: int
+    items: int
+    passkey: float | None = None
+    lines: float | None = None
+    perplexity: float | None = None
+    decode_tokens_per_s: float | None = None
 
 
 def evaluate(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    text: str,
-    config: EvaluateConfig,
-    progress: Progress = SILENT,
+    loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig, progress: Progress = SILENT
 ) -> list[Row]:
-    """Measure all methods on the same items.
+    """Measure several plans on the same prompts and texts.
 
     Parameters
     ----------
-    methods : mapping of name to Plan or None
-        None is the dense model.
-    text : str
-        Real text that no search has seen.
+    plans : mapping from a method's name to its plan
+        None stands for the model as it is, with transformers' own cache.
+
+    Returns
+    -------
+    list of Row
+        For each length, in rising order, one row for each method, in the order given.
 
     Raises
     ------
     InputError
-        If a length with its new tokens is beyond the model's context, or the text is too short.
+        If a length is beyond the model's context or too short for a task, a task is unknown, or no plan is given.
+    PlanError
+        If a plan does not fit the model.
     """
-    extra = max(config.new_tokens, 1 + config.rounds * config.steps if "speed" in config.tasks else 0)
-    for length in config.lengths:
-        if length + extra > loaded.context_length:
-            raise InputError(
-                f"{length} tokens and {extra} new ones are beyond the context of {loaded.context_length} tokens of "
-                f"{loaded.name}; evaluate at shorter lengths"
-            )
+    _check(loaded, plans, config)
+    text = default_evaluation_text()
+    lengths = sorted(set(config.lengths))
+    chunks = {length: text_chunks(loaded.tokenizer, text, length, config.chunks) for length in lengths}
+    prompts = {
+        (length, task): _items(loaded, text, task, length - config.max_new_tokens, config)
+        for length in lengths
+        for task in config.tasks
+        if task != PERPLEXITY
+    }
     rows = []
-    for length in config.lengths:
-        for task in (name for name in TASKS if name in config.tasks):
-            measured = _MEASURES[task](loaded, methods, text, length, config, progress)
-            for name, (value, count) in measured.items():
-                plan = methods[name]
-                density = 1.0 if plan is None else plan.density(length)
-                rows.append(Row(name, density, _UNITS.get(task, task), length, value, count))
+    for length, (name, plan) in progress.track(
+        [(n, method) for n in lengths for method in plans.items()], "Evaluating"
+    ):
+        measured: dict[str, float] = {}
+        for task in config.tasks:
+            if task == PERPLEXITY:
+                with _in_force(loaded, plan):
+                    measured[task] = text_perplexity(loaded.model, chunks[length])
+            else:
+                measured[task] = _accuracy(loaded, plan, prompts[length, task], config.max_new_tokens)
+        rows.append(
+            Row(
+                method=name,
+                length=length,
+                density=1.0 if plan is None else plan.density(length),
+                kv_bytes=_kv_bytes(loaded, plan, chunks[length][0]),
+                dense_kv_bytes=Plan.dense(loaded.identity).kv_bytes(length, loaded.model.dtype),
+                items=config.items,
+                passkey=measured.get(PASSKEY),
+                lines=measured.get(LINES),
+                perplexity=measured.get(PERPLEXITY),
+            )
+        )
+    if config.decode_steps:
+        speeds = _decode_speeds(loaded, plans, chunks[lengths[-1]][0], config.decode_steps)
+        last = len(rows) - len(plans)
+        rows[last:] = [replace(row, decode_tokens_per_s=speeds[row.method]) for row in rows[last:]]
     return rows
 
 
-Measured = dict[str, tuple[float, int]]  # method -> (score, n)
+def table(rows: Sequence[Row]) -> Table:
+    """The rows as a table for the terminal."""
+    shown = Table()
+    for heading in _HEADINGS:
+        shown.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        shown.add_row(*_cells(row))
+    return shown
 
 
-def _retrieval(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    items: Sequence[TaskItem],
-    what: str,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> Measured:
-    model: Any = loaded.model  # transformers' own types do not know that it generates
-    right = dict.fromkeys(methods, 0)
-    batches = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
-    for batch in progress.track(batches, what):
-        prompts = torch.from_numpy(np.stack([item.prompt_ids for item in batch])).to(loaded.model.device)
-        for name, plan in methods.items():
-            with _under(loaded, plan):
-                tokens = model.generate(
-                    prompts,
-                    attention_mask=torch.ones_like(prompts),
-                    max_new_tokens=config.new_tokens,
-                    do_sample=False,
-                )
-            answers = loaded.tokenizer.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
-            right[name] += sum(score(answer, item.answer) for answer, item in zip(answers, batch, strict=True))
-    return {name: (count / len(items), len(items)) for name, count in right.items()}
+def to_json(rows: Sequence[Row], command: str, device: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows with the command and the machine that made them, ready for `moa.files.write_json`."""
+    return {"command": command, "device": dict(device), "rows": [asdict(row) for row in rows]}
 
 
-def _passkey(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    text: str,
-    length: int,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> Measured:
-    items = passkey_items(loaded.tokenizer, text, length, config.items, config.seed)
-    return _retrieval(loaded, methods, items, f"passkey at {length}", config, progress)
+def to_markdown(rows: Sequence[Row], command: str, device: Mapping[str, Any]) -> str:
+    """The rows as a Markdown table, with the command and the machine below it."""
+    ruler = ["---" if heading == "method" else "---:" for heading in _HEADINGS]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADINGS, ruler, *map(_cells, rows))]
+    machine = ", ".join(f"{key} {value}" for key, value in device.items())
+    return "\n".join([*lines, "", f"Made by `{command}` on {machine}.", ""])
 
 
-def _lines(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    text: str,
-    length: int,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> Measured:
-    items = lines_items(loaded.tokenizer, length, config.items, config.seed)
-    return _retrieval(loaded, methods, items, f"lines at {length}", config, progress)
+def device_info(device: torch.device) -> dict[str, Any]:
+    """What a measured number depends on besides the code."""
+    info: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if device.type == "cuda":
+        info["gpu"] = torch.cuda.get_device_name(device)
+    return info
 
 
-def _perplexity(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    text: str,
-    length: int,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> Measured:
-    chunks = text_chunks(loaded.tokenizer, text, length, config.chunks)
-    measured = {}
-    for name, plan in progress.track(methods.items(), f"perplexity at {length}", len(methods)):
-        with _under(loaded, plan):
-            measured[name] = (text_perplexity(loaded.model, chunks), config.chunks)
-    return measured
+_HEADINGS = ("method", "N", "density", "KV MB", "smaller", "passkey", "lines", "perplexity", "decode tok/s")
 
 
-def _memory(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    text: str,
-    length: int,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> Measured:
-    measured = {}
-    for name, plan in progress.track(methods.items(), f"memory at {length}", len(methods)):
-        cache, _ = _prefilled(loaded, plan, text, length, new=0)
-        measured[name] = (float(_cache_bytes(cache)), 1)
-    return measured
+def _cells(row: Row) -> list[str]:
+    def optional(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [
+        row.method,
+        str(row.length),
+        f"{row.density:.3f}",
+        f"{row.kv_bytes / 1e6:.2f}",
+        f"{row.dense_kv_bytes / row.kv_bytes:.2f}x",
+        optional(row.passkey, ".2f"),
+        optional(row.lines, ".2f"),
+        optional(row.perplexity, ".2f"),
+        optional(row.decode_tokens_per_s, ".1f"),
+    ]
 
 
-def _speed(
-    loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
-    text: str,
-    length: int,
-    config: EvaluateConfig,
-    progress: Progress,
-) -> Measured:
-    new = 1 + config.rounds * config.steps
-    state = {name: _prefilled(loaded, plan, text, length, new) for name, plan in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in progress.track(range(config.rounds), f"decode speed at {length}"):
-        for name, plan in methods.items():
-            cache, token = state[name]
-            with _under(loaded, plan), torch.no_grad():
-                for _ in range(config.steps):
-                    _wait(loaded)
-                    started = time.perf_counter()
-                    logits = loaded.model(token, past_key_values=cache, logits_to_keep=1).logits
-                    token = logits[:, -1:].argmax(-1)
-                    _wait(loaded)
-                    seconds[name].append(time.perf_counter() - started)
-            state[name] = cache, token
-    return {name: (1 / float(np.median(times)), len(times)) for name, times in seconds.items()}
+def _check(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig) -> None:
+    if not plans or not config.lengths or config.items < 1 or config.chunks < 1:
+        raise InputError("an evaluation needs at least one method, one length, one item and one chunk of text")
+    for task in config.tasks:
+        if task not in TASKS:
+            raise InputError(f"unknown task {task!r}; expected {', '.join(TASKS)}")
+    if max(config.lengths) > loaded.context_length:
+        raise InputError(
+            f"length {max(config.lengths):,} is beyond the context of {loaded.name}, {loaded.context_length:,} tokens; "
+            "choose shorter lengths"
+        )
+    if 2 * _ROUNDS * config.decode_steps > max(config.lengths):
+        raise InputError(
+            f"{_ROUNDS} rounds of {config.decode_steps} decode steps are more than half of {max(config.lengths):,} "
+            "tokens; choose fewer steps or a longer length"
+        )
+    for plan in plans.values():
+        if plan is not None:
+            plan.check_fits(loaded.identity)
 
 
-_MEASURES = {"passkey": _passkey, "lines": _lines, "perplexity": _perplexity, "memory": _memory, "speed": _speed}
+def _items(loaded: LoadedModel, text: str, task: str, length: int, config: EvaluateConfig) -> list[TaskItem]:
+    if task == PASSKEY:
+        return passkey_items(loaded.tokenizer, text, length, config.items, config.seed)
+    return lines_items(loaded.tokenizer, length, config.items, config.seed)
 
 
-@contextmanager
-def _under(loaded: LoadedModel, plan: Plan | None) -> Iterator[None]:
-    if plan is None:
-        yield
-    else:
-        with apply(loaded.model, plan):
-            yield
+def _in_force(loaded: LoadedModel, plan: Plan | None) -> AbstractContextManager[Any]:
+    return nullcontext() if plan is None else apply(loaded.model, plan)
 
 
-def _prefilled(loaded: LoadedModel, plan: Plan | None, text: str, length: int, new: int) -> tuple[Cache, torch.Tensor]:
-    """A cache that holds a prompt of ``length`` tokens of text, with room for ``new`` more, and the next token."""
-    ids = torch.from_numpy(text_chunks(loaded.tokenizer, text, length, 1)).to(loaded.model.device)
-    cache = DynamicCache(config=loaded.model.config) if plan is None else SpanCache(plan, length + new)
-    with _under(loaded, plan), torch.no_grad():
-        logits = loaded.model(ids, past_key_values=cache, logits_to_keep=1).logits
-    return cache, logits[:, -1:].argmax(-1)
+def _empty_cache(loaded: LoadedModel, plan: Plan | None, length: int) -> Any:
+    return DynamicCache(config=loaded.model.config) if plan is None else SpanCache(plan, length)
 
 
-def _cache_bytes(cache: Cache) -> int:
+@torch.no_grad()
+def _prefill(loaded: LoadedModel, ids: np.ndarray, cache: Any) -> torch.Tensor:
+    """Read ids [tokens] into the cache; returns the greedy next token, int64 [1, 1]."""
+    batch = torch.as_tensor(ids, device=loaded.model.device)[None]
+    last = torch.tensor([batch.shape[1] - 1], device=loaded.model.device)
+    return logits_at(loaded.model, batch, last, past_key_values=cache, use_cache=True).argmax(-1)
+
+
+def _kv_bytes(loaded: LoadedModel, plan: Plan | None, ids: np.ndarray) -> int:
+    """Bytes of keys and values in the cache of one sequence, ids [N]."""
+    cache = _empty_cache(loaded, plan, len(ids))
+    with _in_force(loaded, plan):
+        _prefill(loaded, ids, cache)
     if isinstance(cache, SpanCache):
         return cache.nbytes()
-    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))  # type: ignore[union-attr]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _wait(loaded: LoadedModel) -> None:
+def _accuracy(loaded: LoadedModel, plan: Plan | None, items: Sequence[TaskItem], max_new_tokens: int) -> float:
+    model: Any = loaded.model  # `generate` is not typed as callable
+    rows = max(1, _BATCH_TOKENS // len(items[0].prompt_ids))
+    right = 0
+    with _in_force(loaded, plan):
+        for first in range(0, len(items), rows):
+            some = items[first : first + rows]
+            batch = torch.as_tensor(np.stack([item.prompt_ids for item in some]), device=model.device)
+            output = model.generate(
+                input_ids=batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+            )
+            said = loaded.tokenizer.batch_decode(output[:, batch.shape[1] :], skip_special_tokens=True)
+            right += sum(score(text, item.answer) for text, item in zip(said, some, strict=True))
+    return right / len(items)
+
+
+@torch.no_grad()
+def _decode_speeds(
+    loaded: LoadedModel, plans: Mapping[str, Plan | None], ids: np.ndarray, steps: int
+) -> dict[str, float]:
+    """Tokens per second of each method, one sequence that grows to ids' length N.
+
+    Rounds of the methods alternate, so that a machine that slows down does so for all of them.
+    """
+    caches, tokens = {}, {}
+    for name, plan in plans.items():
+        caches[name] = _empty_cache(loaded, plan, len(ids))
+        with _in_force(loaded, plan):
+            tokens[name] = _prefill(loaded, ids[: len(ids) - _ROUNDS * steps], caches[name])
+    seconds: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(_ROUNDS):
+        for name, plan in plans.items():
+            with _in_force(loaded, plan):
+                _synchronize(loaded)
+                started = time.perf_counter()
+                for _ in range(steps):
+                    logits = loaded.model(tokens[name], past_key_values=caches[name], use_cache=True).logits
+                    tokens[name] = logits.argmax(-1)
+                _synchronize(loaded)
+                seconds[name].append(time.perf_counter() - started)
+    return {name: steps / statistics.median(rounds[1:]) for name, rounds in seconds.items()}
+
+
+def _synchronize(loaded: LoadedModel) -> None:
     if loaded.model.device.type == "cuda":
         torch.cuda.synchronize(loaded.model.device)
 
 
-# What a person, a file and a document get to see ----------------------------------------------------------------------
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """One line per length and method, one column per task."""
-    view = Table()
-    header, lines = _lines_of(rows)
-    for index, column in enumerate(header):
-        view.add_column(column, justify="left" if index == 1 else "right")
-    previous = lines[0][0] if lines else ""
-    for line in lines:
-        if line[0] != previous:
-            view.add_section()
-            previous = line[0]
-        view.add_row(*line)
-    return view
-
-
-def to_markdown(rows: Sequence[Row], command: str) -> str:
-    """The same table for a document, with the command and the machine that made it."""
-    header, lines = _lines_of(rows)
-    ruled = [header, ["---"] * len(header), *lines]
-    machine = ", ".join(str(value) for value in machine_info().values())
-    body = "\n".join("| " + " | ".join(line) + " |" for line in ruled)
-    return f"`{command}`\n\n{machine}\n\n{body}\n"
-
-
-def to_json(rows: Sequence[Row], command: str, model: str) -> dict[str, Any]:
-    """Everything measured, with where it comes from."""
-    return {"command": command, "device": machine_info(), "model": model, "rows": [asdict(row) for row in rows]}
-
-
-def _lines_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    shown = {
-        "passkey": ("passkey", lambda value: f"{value:.2f}"),
-        "lines": ("lines", lambda value: f"{value:.2f}"),
-        "perplexity": ("perplexity", lambda value: f"{value:.2f}"),
-        "kv_bytes": ("KV cache", size),
-        "decode_tokens_per_s": ("decode tok/s", lambda value: f"{value:.1f}"),
-    }
-    tasks = [task for task in shown if any(row.task == task for row in rows)]
-    cells: dict[tuple[int, str, float], dict[str, str]] = {}
-    for row in rows:
-        cells.setdefault((row.length, row.method, row.density), {})[row.task] = shown[row.task][1](row.score)
-    header = ["N", "method", "density", *(shown[task][0] for task in tasks)]
-    lines = [
-        [f"{length:,}", method, f"{density:.3f}", *(values.get(task, "") for task in tasks)]
-        for (length, method, density), values in cells.items()
-    ]
-    return header, lines
-
-
-def machine_info() -> dict[str, str]:
-    """The machine and the versions behind a measurement."""
-    info = {
-        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "python": f"Python {platform.python_version()}",
-        "torch": f"torch {torch.__version__}",
-        "transformers": f"transformers {transformers.__version__}",
-    }
-    if torch.cuda.is_available():
-        info["gpu"] = torch.cuda.get_device_name()
-    return info
-
-
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ _LINES_LINE = "line {name}: REGISTER_CONTENT is <{value}>\n"
 _LINES_QUESTION = "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number."
 _LINES_ANSWER = "The <REGISTER_CONTENT> in line {name} is"
 
-# 80 x 80 names are enough lines for 128k tokens.
+# Some 6,400 names: enough lines for 128k tokens.
 _ADJECTIVES = (
     "torpid brisk mellow jagged hollow vivid placid somber nimble rustic gaudy lucid feral tepid ornate quaint dapper "
     "frugal humid ironic jovial keen lanky morbid nasal opaque pious rancid savory tawdry unruly valiant wistful zesty "
@@ -181,13 +182,27 @@ def text_perplexity(model: PreTrainedModel, chunks: np.ndarray) -> float:
     """
     length = chunks.shape[1]
     positions = torch.linspace(0, length - 2, min(length - 1, _SCORED_POSITIONS), device=model.device).long()
-    selects = "logits_to_keep" in inspect.signature(model.forward).parameters
     losses = []
-    for chunk in torch.as_tensor(chunks, device=model.device):
-        logits = model(chunk[None], use_cache=False, **({"logits_to_keep": positions} if selects else {})).logits[0]
-        kept = logits if selects else logits[positions]
-        losses.append(torch.nn.functional.cross_entropy(kept.float(), chunk[positions + 1]).item())
+    for ids in torch.as_tensor(chunks, device=model.device):
+        logits = logits_at(model, ids[None], positions, use_cache=False)[0]
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[positions + 1]).item())
     return math.exp(sum(losses) / len(losses))
+
+
+def logits_at(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Logits [batch, positions, vocabulary] of a forward pass; the others are not computed, where the model allows it.
+
+    Parameters
+    ----------
+    ids : int64 tensor [batch, tokens]
+    positions : int64 tensor [positions]
+        Of the tokens in ``ids``.
+    options
+        For the model's forward, such as ``past_key_values``.
+    """
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(ids, logits_to_keep=positions, **options).logits
+    return model(ids, **options).logits[:, positions]
 
 
 @cache

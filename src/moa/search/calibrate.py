@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -277,7 +277,7 @@ def _retrieval(
             alike = list(group)
             prompts = np.stack([question.prompt(length - reserved) for question in alike])
             for question, answer in zip(alike, _greedy(loaded, prompts, _RETRIEVAL_ANSWER), strict=True):
-                if question.value in loaded.tokenizer.decode(answer).replace(",", ""):
+                if question.value in str(loaded.tokenizer.decode(answer)).replace(",", ""):
                     right.append(question.answered(length, answer))
                 else:
                     failed.append(question)
@@ -363,7 +363,7 @@ def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool
     exactly : bool
         Do not let the model end its turn before ``tokens`` tokens; else the answer ends with its turn.
     """
-    model = loaded.model
+    model: Any = loaded.model  # `generate` is not typed as callable
     rows = max(1, _BATCH_TOKENS // prompts.shape[1])
     for first in range(0, len(prompts), rows):
         batch = torch.as_tensor(prompts[first : first + rows], device=model.device)

@@ -60,7 +60,7 @@ class DataConfig:
     seed: int = 0
 
     def resolved(self, context_length: int) -> "DataConfig":
-        """With lengths for a model of this context.
+        """With the default lengths for a model of this context filled in.
 
         Raises
         ------
@@ -174,8 +174,7 @@ class Calibration:
 def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataConfig) -> tuple[Calibration, str]:
     """First stage: items for profiling, and held-out items for validation from another part of the text."""
     data = data.resolved(loaded.context_length)
-    assert data.lengths is not None
-    assert data.validation_length is not None
+    lengths, validation_lengths = data.lengths or (), (data.validation_length or 0,)
     inputs = {
         "model": asdict(loaded.identity),
         "name": loaded.name,
@@ -188,8 +187,8 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
     def compute(folder: Path) -> Calibration:
         for_profile, held_out = split_text(text.text, (1 - _HELD_OUT, _HELD_OUT))
         sources = tuple(sorted(data.weights))
-        settings = CalibrateConfig(data.lengths, data.items, sources, seed=data.seed)
-        again = CalibrateConfig((data.validation_length,), data.validation_items, sources, seed=data.seed + 1)
+        settings = CalibrateConfig(lengths, data.items, sources, seed=data.seed)
+        again = CalibrateConfig(validation_lengths, data.validation_items, sources, seed=data.seed + 1)
         result = Calibration(
             calibrate(loaded, for_profile, settings, run.progress), calibrate(loaded, held_out, again, run.progress)
         )

@@ -1,0 +1,60 @@
+"""Which implementation of span attention runs: picked once per storage, and said in the log.
+
+All have the same two functions, ``prefill`` (whole sequences) and ``attend`` (new tokens over a SpanStore).
+"""
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from moa.attention import sdpa
+from moa.errors import InputError, UnsupportedModelError
+
+NAMES = ("triton", "sdpa")
+_LOG = logging.getLogger("moa")
+
+
+def pick(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+    """The backend for tensors of this kind: our kernels on an NVIDIA GPU, else PyTorch's operators.
+
+    The environment variable MOA_BACKEND ("triton" or "sdpa") overrides the choice.
+
+    Raises
+    ------
+    InputError
+        If MOA_BACKEND names no backend.
+    UnsupportedModelError
+        If the backend it names cannot take the case; the message says why.
+    """
+    return _pick(os.environ.get("MOA_BACKEND", ""), device, dtype, head_dim)
+
+
+@cache
+def _pick(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+    if wanted and wanted not in NAMES:
+        raise InputError(f"MOA_BACKEND is {wanted!r}; expected one of {', '.join(NAMES)}, or nothing")
+    reason = _against_triton(device, dtype, head_dim)
+    if wanted == "triton" and reason:
+        raise UnsupportedModelError(f"the Triton kernels were asked for, but {reason}; unset MOA_BACKEND")
+    use_triton = wanted == "triton" or (not wanted and device.type == "cuda" and reason is None)
+    name = "triton" if use_triton else "sdpa"
+    because = f" ({reason})" if reason and device.type == "cuda" else ""
+    _LOG.info("span attention on %s, %s, head_dim %d: %s%s", device, dtype, head_dim, name, because)
+    if use_triton:
+        from moa.attention import kernels
+
+        return kernels
+    return sdpa
+
+
+def _against_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot take this case, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from moa.attention import kernels
+
+    return kernels.unsupported(device, dtype, head_dim)

@@ -1,0 +1,259 @@
+"""One decode step of span attention on an NVIDIA GPU.
+
+The stored keys and values are read once, at the speed of the memory; nothing else matters. Heads store different
+amounts, so the work is cut by tokens, not by heads: a work list gives every program an equal piece of one pair's slots.
+It is built once per storage, from capacities; how much of a piece is filled is read on the device, so that no step asks
+the host anything and a CUDA graph can hold it. The query heads of a GQA group sit in one tile and share the piece's
+keys. A piece leaves its softmax numerator, maximum and sum; a second kernel adds up the pieces of a pair in order, so
+that results are bit-identical from run to run.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from moa.attention.triton_store import tile_size
+
+BLOCK = 64  # keys of one step; pieces are multiples of it
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """Pieces of equal length, one for each program; int32 tensors on the device.
+
+    Attributes
+    ----------
+    pair, start : [pieces]
+        A piece's pair, and its first slot among the pair's slots.
+    first : [pairs + 1]
+        A pair's pieces are ``first[pair]`` to ``first[pair + 1]``.
+    length : int
+        Slots of a full piece.
+    """
+
+    pair: torch.Tensor
+    start: torch.Tensor
+    first: torch.Tensor
+    length: int
+
+
+def work_list(capacity: np.ndarray, device: torch.device, programs: int) -> WorkList:
+    """Cut pairs of these capacities, int64 [pairs], into about ``programs`` pieces of equal length."""
+    length = BLOCK * max(1, -(-int(capacity.sum()) // (BLOCK * programs)))
+    pieces = np.maximum(-(-capacity // length), 1)
+    first = np.concatenate([[0], np.cumsum(pieces)])
+    pair = np.repeat(np.arange(len(capacity)), pieces)
+    start = (np.arange(first[-1]) - first[pair]) * length
+
+    def move(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int32)).to(device)
+
+    return WorkList(move(pair), move(start), move(first), length)
+
+
+@triton.jit
+def softcapped(scores_log2, softcap):
+    """``softcap * tanh(scores / softcap)``, all in units of log2."""
+    limit = softcap * _LOG2_E
+    return limit * (1 - 2 / (tl.exp(2 * scores_log2 / limit) + 1))
+
+
+@triton.jit
+def _piece_kernel(
+    query,
+    keys,
+    values,
+    offset,
+    capacity,
+    written,
+    piece_pair,
+    piece_start,
+    partial,
+    partial_high,
+    partial_sum,
+    scale_log2,
+    softcap,
+    length,
+    GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_TILE: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    pair = tl.load(piece_pair + piece)
+    start = tl.load(piece_start + piece)
+    stop = tl.minimum(start + length, tl.minimum(tl.load(written + pair), tl.load(capacity + pair)))
+    base = (tl.load(offset + pair) + start).to(tl.int64)
+
+    g = tl.arange(0, GROUP_TILE)
+    d = tl.arange(0, D_TILE)
+    dv = tl.arange(0, DV_TILE)
+    n = tl.arange(0, BLOCK)
+    q_mask = (g < GROUP)[:, None] & (d < D)[None, :]
+    q = tl.load(query + (pair * GROUP + g)[:, None] * D + d[None, :], mask=q_mask, other=0.0)
+    high = tl.full([GROUP_TILE], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_TILE], tl.float32)
+    mixed = tl.zeros([GROUP_TILE, DV_TILE], tl.float32)
+    k_at = keys + (base + n[None, :]) * D + d[:, None]
+    v_at = values + (base + n[:, None]) * DV + dv[None, :]
+    for at in range(start, stop, BLOCK):
+        filled = at + n < stop
+        k = tl.load(k_at, mask=filled[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(v_at, mask=filled[:, None] & (dv < DV)[None, :], other=0.0)
+        s = tl.dot(q, k, input_precision="ieee") * scale_log2
+        if SOFTCAP:
+            s = softcapped(s, softcap)
+        s = tl.where(filled[None, :], s, float("-inf"))
+        new_high = tl.maximum(high, tl.max(s, 1))
+        p = tl.exp2(s - new_high[:, None])
+        shrink = tl.exp2(high - new_high)
+        total = total * shrink + tl.sum(p, 1)
+        mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
+        high = new_high
+        k_at += BLOCK * D
+        v_at += BLOCK * DV
+    row = piece * GROUP + g
+    tl.store(partial_high + row, high, mask=g < GROUP)
+    tl.store(partial_sum + row, total, mask=g < GROUP)
+    tl.store(partial + row[:, None] * DV + dv[None, :], mixed, mask=(g < GROUP)[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    partial,
+    partial_high,
+    partial_sum,
+    first,
+    sink_logits,
+    output,
+    kv_heads,
+    GROUP: tl.constexpr,
+    DV: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    LEARNED: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    g = tl.program_id(1)
+    begin = tl.load(first + pair)
+    end = tl.load(first + pair + 1)
+    dv = tl.arange(0, DV_TILE)
+    p = tl.arange(0, PIECES)
+    high = tl.load(partial_high + begin * GROUP + g)
+    total = high * 0
+    if LEARNED:
+        high = tl.load(sink_logits + (pair % kv_heads) * GROUP + g).to(tl.float32) * _LOG2_E
+        total = high * 0 + 1
+    mixed = tl.zeros([DV_TILE], tl.float32)
+    for at in range(begin, end, PIECES):
+        live = at + p < end
+        row = (at + p) * GROUP + g
+        piece_high = tl.load(partial_high + row, mask=live, other=float("-inf"))
+        new_high = tl.maximum(high, tl.max(piece_high, 0))
+        weight = tl.exp2(piece_high - new_high)
+        shrink = tl.exp2(high - new_high)
+        total = total * shrink + tl.sum(tl.load(partial_sum + row, mask=live, other=0.0) * weight, 0)
+        piece = tl.load(partial + row[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+        mixed = mixed * shrink + tl.sum(piece * weight[:, None], 0)
+        high = new_high
+    tl.store(output + (pair * GROUP + g) * DV + dv, mixed / total, mask=dv < DV)
+
+
+@torch.library.custom_op("moa::decode", mutates_args=())
+def decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offset: torch.Tensor,
+    capacity: torch.Tensor,
+    written: torch.Tensor,
+    piece_pair: torch.Tensor,
+    piece_start: torch.Tensor,
+    first_piece: torch.Tensor,
+    piece_length: int,
+    scaling: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of one token per row over everything that is stored, its own key included.
+
+    Parameters
+    ----------
+    query : [rows, query_heads, head_dim]
+    keys, values : [slots, dim]
+    offset, capacity, written : int32 [pairs]
+        As in `moa.storage.SpanStore`, on the device; every pair holds at least one token.
+    piece_pair, piece_start, first_piece, piece_length
+        A `WorkList`.
+    scaling : float
+    softcap : float
+        0 for none.
+    sink_logits : [query_heads], optional
+
+    Returns
+    -------
+    [rows, query_heads, value_dim]
+    """
+    query = query.contiguous()
+    rows, heads, d = query.shape
+    dv, pairs, pieces = values.shape[1], len(offset), len(piece_pair)
+    group = rows * heads // pairs
+    partial = torch.empty(pieces * group, dv, dtype=torch.float32, device=query.device)
+    high = torch.empty(pieces * group, dtype=torch.float32, device=query.device)
+    total = torch.empty_like(high)
+    _piece_kernel[(pieces,)](
+        query,
+        keys,
+        values,
+        offset,
+        capacity,
+        written,
+        piece_pair,
+        piece_start,
+        partial,
+        high,
+        total,
+        scaling * _LOG2_E.value,
+        softcap,
+        piece_length,
+        group,
+        tile_size(group),
+        d,
+        dv,
+        tile_size(d),
+        tile_size(dv),
+        BLOCK,
+        softcap > 0,
+        num_warps=4,
+        num_stages=3,
+    )
+    output = torch.empty(rows, heads, dv, dtype=values.dtype, device=query.device)
+    _combine_kernel[(pairs, group)](
+        partial,
+        high,
+        total,
+        first_piece,
+        high if sink_logits is None else sink_logits,
+        output,
+        pairs // rows,
+        group,
+        dv,
+        tile_size(dv),
+        sink_logits is not None,
+        16,
+        num_warps=4,
+    )
+    return output
+
+
+@decode.register_fake
+def _(query, keys, values, *others):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:2], values.shape[1], dtype=values.dtype)
