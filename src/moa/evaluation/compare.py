@@ -7,12 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
@@ -175,12 +177,13 @@ def evaluate(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table for the terminal."""
-    shown = Table()
+    """The rows as a table for the terminal, narrow enough for 80 columns."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in _HEADINGS:
-        shown.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in rows:
-        shown.add_row(*_cells(row))
+        method = heading == "method"
+        shown.add_column(heading, justify="left" if method else "right", no_wrap=method)
+    for row, following in zip_longest(rows, rows[1:]):
+        shown.add_row(*_cells(row), end_section=following is not None and following.length != row.length)
     return shown
 
 
@@ -213,7 +216,7 @@ def device_info(device: torch.device) -> dict[str, Any]:
     return info
 
 
-_HEADINGS = ("method", "N", "density", "KV MB", "smaller", "passkey", "lines", "perplexity", "decode tok/s")
+_HEADINGS = ("method", "N", "density", "KV MB", "smaller", "passkey", "lines", "ppl", "tok/s")
 
 
 def _cells(row: Row) -> list[str]:

@@ -17,9 +17,10 @@ _SEED_PRICES = (0.0, 0.01, 0.1, 1.0, 10.0)
 _FIRST_PRICE_LIMIT, _LAST_PRICE_LIMIT = 1e2, 1e10
 _CLIMB_STEPS = 80
 _CLIMB_SHARE = 0.1  # of the gap that the climb may leave; the integer program gets the rest
-_PROGRAM_SIZES = (300, 1_000, 4_000)
-_PROGRAM_NODES = 500
-_ROW_SCALE = 1e3  # HiGHS lets a row be violated by 1e-6; on rows with a limit of 1000 that is a billionth
+_PROGRAM_SIZES = (300, 1_000, 2_000)
+_PROGRAM_NODES = 100
+_PROGRAM_SHARE = 0.75  # of the gap that an integer program may leave
+_ROW_SCALE = 10.0  # of a limit in an integer program: HiGHS lets a row be violated by 1e-6, here 1e-7 of the limit
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,14 @@ def assign(problem: AssignmentProblem, gap: float = 0.01, incumbent: np.ndarray 
     """
     solver = _Solver(problem, gap, incumbent)
     solver.climb()
+    while not solver.finished() and 0 < solver.bound < 0.1 * solver.unit:
+        solver.rescale(solver.bound)
+        solver.climb()
     for size in _PROGRAM_SIZES:
         if solver.finished():
             break
         solver.solve_program(size, keep_settled=size == _PROGRAM_SIZES[0] and len(solver.menus) > 1)
-    return Assignment(solver.choice, solver.value, solver.bound)
+    return Assignment(solver.choice, solver.value, min(solver.value, solver.bound))
 
 
 def _take(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
@@ -126,10 +130,17 @@ class _Solver:
         self.usage = problem.usage / scale[:, None, None, None]
         self.limits = problem.limits / scale
         self.prices = np.zeros(len(scale))
-        # One cut per evaluation of the bound: the choice [layers, heads], the menu [layers] it came from, and its
-        # cost [layers] and usage [budgets, layers]. The settled layers are those whose cut the climb left no doubt about.
+        # One cut per evaluation of the bound: a choice [layers, heads], the menus [layers] it is from, its cost
+        # [layers] and its usage [budgets, layers].
         self.cuts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-        self.settled = np.full(problem.cost.shape[0], -1)
+        self.settled = np.full(problem.cost.shape[0], -1)  # the menu of a layer about which no doubt is left, or -1
+
+    def rescale(self, unit: float) -> None:
+        """Measure costs in another unit: HiGHS works with absolute tolerances, made for values around one."""
+        factor, self.unit = self.unit / unit, unit
+        self.cost = self.cost * factor
+        self.prices = self.prices * factor
+        self.cuts = [(choice, menu, cost * factor, usage) for choice, menu, cost, usage in self.cuts]
 
     def finished(self) -> bool:
         if self.bound > self.ceiling:
@@ -276,7 +287,8 @@ class _Solver:
                     _ROW_SCALE * self.limits,
                 ),
             ],
-            options={"mip_rel_gap": self.gap / 2, "node_limit": _PROGRAM_NODES},
+            # Presolve takes longer here than it saves.
+            options={"mip_rel_gap": _PROGRAM_SHARE * self.gap, "node_limit": _PROGRAM_NODES, "presolve": False},
         )
         if result.x is not None:
             picked = np.flatnonzero(result.x[:columns] > 0.5)
@@ -287,7 +299,8 @@ class _Solver:
             self.offer(choice)
         if not keep_settled:
             bound = min(_program_bound(result), self.priced_bound / self.unit + left_out) * self.unit
-            self.bound = max(self.bound, bound)
+            if bound < np.inf or self.choice is None:  # an answer in hand outweighs a proof in floating point
+                self.bound = max(self.bound, bound)
 
 
 def _program_bound(result: OptimizeResult) -> float:

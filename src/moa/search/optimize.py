@@ -6,6 +6,7 @@ points, and solve each objective again with the others held below every combinat
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -58,7 +59,7 @@ class RuleGrid:
         return cls(_product(constants, [0.0]) + _product(sorted(shifts), slopes))
 
 
-def _product(alphas: Iterable[float], betas: Sequence[float]) -> tuple[ElasticRule, ...]:
+def _product(alphas: Iterable[float], betas: Iterable[float]) -> tuple[ElasticRule, ...]:
     return tuple(ElasticRule(float(alpha), float(beta)) for alpha, beta in itertools.product(alphas, betas))
 
 
@@ -260,13 +261,15 @@ class _Search:
     def __init__(self, cost: np.ndarray, rules: _Rules, config: OptimizeConfig):
         self.cost, self.config = cost, config
         self.objectives, layers, heads, _ = cost.shape
+        limit = config.rules_per_layer
+        self.rules_per_layer = None if limit is None or limit >= heads else limit
         self.spans = np.stack(list(rules.spans.values())).astype(np.float64)  # [lengths, rules]
         totals = [_largest_total(config.density, layers * heads, length) for length in rules.spans]
         self.budgets = np.array(totals, dtype=np.float64)
         _refuse_tight_budget(rules.spans, self.budgets, config.density, layers * heads)
         self.lengths = np.array(list(rules.spans))
         self.within = np.flatnonzero((self.spans * layers * heads <= self.budgets[:, None]).all(axis=0))
-        self.undominated = _undominated(cost, self.spans, config.rules_per_layer)
+        self.undominated = _undominated(cost, self.spans, self.rules_per_layer)
         self.found: list[_Found] = []
 
     def run(self, progress: Progress) -> list[_Found]:
@@ -293,7 +296,8 @@ class _Search:
             upper[objective] = _SLACK * max(best.value, best.bound / (1 - self.config.gap / 2))
             scale = self.cost.max(axis=-1).sum(axis=(1, 2))
             others = np.where(weights > 0, 0.0, 1 / np.where(scale > 0, scale, 1.0))
-            choice = self.assign(others, upper, choice).choice
+            improved = self.assign(others, upper, choice).choice
+            choice = choice if improved is None else improved
         self.keep(choice, objective, best.bound)
         return best.bound
 
@@ -343,8 +347,8 @@ class _Search:
             limits=np.concatenate([self.budgets, upper[limited]]),
             allowed=self.undominated
             if counts.all()
-            else _undominated(self.cost[counts], self.spans, self.config.rules_per_layer),
-            rules_per_layer=self.config.rules_per_layer,
+            else _undominated(self.cost[counts], self.spans, self.rules_per_layer),
+            rules_per_layer=self.rules_per_layer,
         )
         if start is None and not limited.any() and len(self.within):
             best = self.within[cost[..., self.within].sum(axis=(0, 1)).argmin()]
@@ -386,11 +390,15 @@ def _undominated(cost: np.ndarray, spans: np.ndarray, rules_per_layer: int | Non
     keep = np.ones(cost.shape[1:], dtype=bool)
     for rule in range(spans.shape[1]):
         cheaper = np.flatnonzero((spans <= spans[:, [rule]]).all(axis=0) & (np.arange(spans.shape[1]) != rule))
-        better = (cost[..., cheaper] <= cost[..., [rule]]).all(axis=0)
+        better: np.ndarray = (cost[..., cheaper] <= cost[..., [rule]]).all(axis=0)
         if rules_per_layer is not None:
             better = better.all(axis=1, keepdims=True)
         keep[..., rule] = ~better.any(axis=-1)
     return keep
+
+
+def _rounded_up(density: float) -> str:
+    return f"{math.ceil(density * 1e4 - 1e-6) / 1e4:.4f}"
 
 
 def _refuse_tight_budget(spans: Mapping[int, np.ndarray], budgets: np.ndarray, density: float, heads: int) -> None:
@@ -400,7 +408,7 @@ def _refuse_tight_budget(spans: Mapping[int, np.ndarray], budgets: np.ndarray, d
         least = ", ".join(f"{value:.4f} at {length}" for length, value in nearest.items())
         raise InfeasibleBudgetError(
             f"density {density} cannot be met: the cheapest rules already take {least} tokens; ask for at least "
-            f"{max(nearest.values()):.4f}, constrain longer lengths only, or use a smaller sink or block",
+            f"{_rounded_up(max(nearest.values()))}, or use longer lengths",
             nearest,
         )
 
@@ -420,6 +428,6 @@ def _refuse_joint_budget(spans: np.ndarray, lengths: np.ndarray, density: float)
     nearest = {int(length): float(mix.fun) for length in lengths}
     raise InfeasibleBudgetError(
         f"density {density} cannot be met at {', '.join(map(str, nearest))} tokens by one plan of this rule grid; ask "
-        f"for at least {mix.fun:.4f}, or add rules that are short at all of these lengths",
+        f"for at least {_rounded_up(mix.fun)}, or add rules that are short at all of these lengths",
         nearest,
     )

@@ -1,0 +1,162 @@
+"""Calibration items: exactly N tokens, answered by the dense model itself, the same for the same seed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from moa.errors import InputError
+from moa.files import write_tensors
+from moa.models import LoadedModel
+from moa.plan import ModelIdentity
+from moa.progress import Progress
+from moa.search.calibrate import RETRIEVAL, SOURCES, SUMMARY, CalibrateConfig, CalibrationSet, calibrate
+from moa.search.text import default_text
+from tiny_models import tiny_model
+
+TEXT = default_text().text[:60_000]
+
+
+@pytest.fixture(scope="module")
+def random_model(demo_model):
+    """A model that answers nothing right, with a real tokenizer."""
+    tokenizer = demo_model.tokenizer
+    model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, eos_token_id=tokenizer.eos_token_id)
+    return LoadedModel(model, tokenizer, "random", ModelIdentity.of(model.config), 1024)
+
+
+@pytest.fixture(scope="module")
+def real_items(demo_model):
+    return calibrate(demo_model, TEXT, CalibrateConfig((256,), items=3, answer_tokens=16)).items
+
+
+class Said(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def assert_same(first, second):
+    assert first.items.keys() == second.items.keys()
+    for key, items in first.items.items():
+        for item, other in zip(items, second.items[key], strict=True):
+            assert item.answer_start == other.answer_start
+            assert item.input_ids.dtype == other.input_ids.dtype == np.int64
+            assert np.array_equal(item.input_ids, other.input_ids)
+
+
+def greedy(loaded, item, answer_tokens, **options):
+    prompt = torch.from_numpy(item.input_ids[: item.answer_start])[None]
+    return loaded.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=answer_tokens, **options
+    )[0].tolist()
+
+
+@pytest.mark.slow
+def test_summaries_are_the_models_own_greedy_tokens(demo_model, real_items):
+    for item in real_items[256, SUMMARY]:
+        assert 256 - item.answer_start == 16
+        assert greedy(demo_model, item, 16, min_new_tokens=16) == item.input_ids.tolist()
+        prompt = demo_model.tokenizer.decode(item.input_ids[: item.answer_start])
+        assert all(f"Passage {number}:" in prompt for number in (1, 2, 3))
+
+
+@pytest.mark.slow
+def test_facts_are_found_in_the_text_by_the_model_itself(demo_model, real_items):
+    own = 0
+    for item in real_items[256, RETRIEVAL]:
+        prompt = demo_model.tokenizer.decode(item.input_ids[: item.answer_start])
+        answer = demo_model.tokenizer.decode(item.input_ids[item.answer_start :])
+        value = max("".join(char if char.isdigit() else " " for char in answer).split(), key=len)
+        assert prompt.count(value) == 1
+        assert len(value) != 5, "five digits are what the evaluation hides"
+        own += greedy(demo_model, item, 256 - item.answer_start) == item.input_ids.tolist()
+    assert own >= 2, "an answer of unforeseen length shifts the text a little; nearly all must hold exactly"
+
+
+def test_every_item_has_exactly_its_length_and_all_items_differ(random_model):
+    lengths = (256, 307, 512)
+    items = calibrate(random_model, TEXT, CalibrateConfig(lengths, items=3)).items
+    assert sorted(items) == sorted((length, source) for length in lengths for source in SOURCES)
+    for (length, _), of_cell in items.items():
+        assert {item.input_ids.shape for item in of_cell} == {(length,)}
+        assert all(length // 2 < item.answer_start < length for item in of_cell)
+        assert len({item.input_ids[: item.answer_start].tobytes() for item in of_cell}) == 3
+
+
+def test_what_is_asked_for_lies_at_all_depths(random_model):
+    tokenizer = random_model.tokenizer
+    depths = []
+    for item in calibrate(random_model, TEXT, CalibrateConfig((512,), items=12, sources=(RETRIEVAL,))).items[
+        512, RETRIEVAL
+    ]:
+        prompt = tokenizer.decode(item.input_ids[: item.answer_start])
+        answer = tokenizer.decode(item.input_ids[item.answer_start :])
+        value = max("".join(char if char.isdigit() else " " for char in answer).split(), key=len)
+        depths.append(prompt.index(value) / len(prompt))
+    assert min(depths) < 0.25
+    assert max(depths) > 0.75
+    assert np.mean(depths) == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_model_that_finds_nothing_gets_right_answers_and_it_is_said(random_model):
+    said = Said()
+    items = calibrate(random_model, TEXT, CalibrateConfig((256,), items=2, sources=(RETRIEVAL,)), said).items
+    assert any("2 of 2" in line and "random" in line for line in said.lines)
+    for item in items[256, RETRIEVAL]:
+        answer = random_model.tokenizer.decode(item.input_ids[item.answer_start :])
+        value = max("".join(char if char.isdigit() else " " for char in answer).split(), key=len)
+        assert value in random_model.tokenizer.decode(item.input_ids[: item.answer_start])
+
+
+def test_the_seed_decides_and_a_cell_does_not_depend_on_the_others(random_model):
+    config = CalibrateConfig((256, 320), items=2, answer_tokens=8)
+    both = calibrate(random_model, TEXT, config)
+    assert_same(both, calibrate(random_model, TEXT, config))
+    alone = calibrate(random_model, TEXT, replace(config, lengths=(320,), sources=(SUMMARY,)))
+    assert_same(alone, CalibrationSet({(320, SUMMARY): both.items[320, SUMMARY]}))
+    other = calibrate(random_model, TEXT, replace(config, seed=1))
+    assert not np.array_equal(other.items[256, SUMMARY][0].input_ids, both.items[256, SUMMARY][0].input_ids)
+
+
+def test_items_survive_a_file(random_model, tmp_path):
+    made = calibrate(random_model, TEXT, CalibrateConfig((256, 320), items=2, answer_tokens=8))
+    made.save(tmp_path / "items.safetensors")
+    assert_same(CalibrationSet.load(tmp_path / "items.safetensors"), made)
+    assert [path.name for path in tmp_path.iterdir()] == ["items.safetensors"]
+
+
+def test_files_that_hold_no_items_are_refused(tmp_path):
+    path = tmp_path / "items.safetensors"
+    write_tensors(path, {"320/retrieval/0/input_ids": np.arange(320)})
+    with pytest.raises(InputError, match="calibration items"):
+        CalibrationSet.load(path)
+    write_tensors(path, {"weight": np.arange(3)})
+    with pytest.raises(InputError, match="calibration items"):
+        CalibrationSet.load(path)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match="damaged"):
+        CalibrationSet.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "reason"),
+    [
+        ({"lengths": (256, 1088)}, TEXT, "1,088.*context of random, 1,024"),
+        ({"lengths": (64,)}, TEXT, "64 tokens are too few.*shortest length is"),
+        ({"lengths": (64,), "sources": (SUMMARY,)}, TEXT, "64 tokens are too few.*shortest length is"),
+        ({"lengths": (512,)}, TEXT[:900], "the text has .* tokens.* 512"),
+        ({"sources": ("poems",)}, TEXT, "'poems'.*retrieval or summary"),
+        ({"lengths": ()}, TEXT, "at least one"),
+        ({"items": 0}, TEXT, "at least one"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_with_the_reason(random_model, changes, text, reason):
+    with pytest.raises(InputError, match=reason):
+        calibrate(random_model, text, replace(CalibrateConfig((256,)), **changes))
