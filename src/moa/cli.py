@@ -427,6 +427,32 @@ def evaluate(
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed next to what people would otherwise use.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("attention")
+def bench_attention(
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Our kernels on an NVIDIA GPU, next to dense attention and other ways to run the same mask."""
+    from rich.markdown import Markdown
+
+    from moa.benchmark.attention import bench_attention as measure
+    from moa.benchmark.attention import to_markdown
+    from moa.files import check_writable, write_json, write_text
+    from moa.progress import Progress
+
+    if json:
+        check_writable(json)
+    result = {"command": "moa " + " ".join(sys.argv[1:]), **measure(Progress(quiet))}
+    out.print(Markdown(to_markdown(result)))
+    if json:
+        write_json(json, result)
+        write_text(json.with_suffix(".md"), to_markdown(result))
+
+
 @app.command("env")
 def environment() -> None:
     """What this installation runs on."""
@@ -440,7 +466,11 @@ def environment() -> None:
     table.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("gpu", ", ".join(gpus) or "none")
-    table.add_row("attention", "PyTorch operators (moa.attention.sdpa)")
+    from moa.attention import backends
+
+    device = torch.device("cuda" if gpus else "cpu")
+    backend = backends.pick(device, torch.bfloat16, 128)
+    table.add_row("attention", f"{backend.__name__} on {device} (bfloat16, head_dim 128)")
     out.print(table, highlight=False)
 
 

@@ -66,7 +66,7 @@ def make_options(drawn, query_heads):
     return AttentionOptions(0.3, softcap, logits, window)
 
 
-@settings(max_examples=200 if GPU else 25, deadline=None)
+@settings(max_examples=120 if GPU else 25, deadline=None)
 @given(
     rows=st.integers(1, 2),
     heads=st.integers(1, 2),
@@ -88,7 +88,7 @@ def test_prefill_equals_the_definition(rows, heads, group, tokens, dim, sink, dr
     assert_near(got, exact(q, k, v, spans, sink, options), dtype)
 
 
-@settings(max_examples=150 if GPU else 20, deadline=None)
+@settings(max_examples=80 if GPU else 20, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     single=st.integers(0, 4),

@@ -1,0 +1,1 @@
+"""Measuring speed and memory, side by side with what people would otherwise use."""
