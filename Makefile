@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+# sizes for a laptop's CPU; `moa search` alone takes more items at longer lengths
+SMALL := --lengths 768,1152 --items 6 --validation-length 1024 --validation-items 3 --points 3
 RESULT := benchmarks/results/demo_smollm2_135m
 
 .PHONY: demo test lint format clean
@@ -17,10 +19,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/moa search demo --density 0.5 --lengths 512,1024 --run-dir $(RUN) --output $(RUN)/plan-50.json
-	$(BIN)/moa search demo --density 0.25 --lengths 512,1024 --run-dir $(RUN) --output $(RUN)/plan-25.json
+	$(BIN)/moa search demo --density 0.5 $(SMALL) --run-dir $(RUN) --output $(RUN)/plan-50.json
+	$(BIN)/moa search demo --density 0.25 $(SMALL) --run-dir $(RUN) --output $(RUN)/plan-25.json
 	$(BIN)/moa show $(RUN)/plan-50.json --at 1024 --lengths 1024,2048,4096,8192
-	$(BIN)/moa eval demo --plan $(RUN)/plan-50.json --plan $(RUN)/plan-25.json --lengths 1536 --items 30 \
+	$(BIN)/moa eval demo --plan $(RUN)/plan-50.json --plan $(RUN)/plan-25.json --lengths 1024 --items 20 \
 	  --tasks passkey --json $(RESULT).json
 
 test: $(VENV)/.ready

@@ -94,8 +94,8 @@ class ModelIdentity:
         """Identity of the (text part of the) model with this transformers config."""
         text = config.get_text_config(decoder=True)
         query_heads = text.num_attention_heads
-        structure = {name: getattr(text, name, None) for name in _FINGERPRINT_FIELDS}
-        structure["rope"] = getattr(text, "rope_parameters", None)
+        structure = {name: _plain(getattr(text, name, None)) for name in _FINGERPRINT_FIELDS}
+        structure["rope"] = _plain(getattr(text, "rope_parameters", None))
         canonical = json.dumps(structure, sort_keys=True, default=str)
         return cls(
             model_type=text.model_type,
@@ -350,6 +350,13 @@ def check_density(density: float) -> None:
     """Raise `InputError` unless 0 < density <= 1."""
     if not 0 < density <= 1:
         raise InputError(f"density {density} is not possible: give a share of the KV cache above 0 and at most 1")
+
+
+def _plain(value: Any) -> Any:
+    """The same value however a config file writes it: 100000 and 100000.0 are one number."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _matrix(rows: Any) -> Matrix:

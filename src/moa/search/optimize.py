@@ -359,8 +359,9 @@ class _Search:
         """Remember an answer; returns its losses [objectives]."""
         layer, head = np.ogrid[: choice.shape[0], : choice.shape[1]]
         values = self.cost[:, layer, head, choice].sum(axis=(1, 2))
-        value = values[objective]
-        self.found.append(_Found(choice, values, max(0.0, float(value - bound)) / value if value > 0 else 0.0))
+        value = float(values[objective])
+        gap = max(0.0, value - bound) / value if value > 0 else 0.0
+        self.found.append(_Found(choice, values, gap))
         return values
 
     def non_dominated(self) -> list[_Found]:
@@ -390,10 +391,10 @@ def _undominated(cost: np.ndarray, spans: np.ndarray, rules_per_layer: int | Non
     keep = np.ones(cost.shape[1:], dtype=bool)
     for rule in range(spans.shape[1]):
         cheaper = np.flatnonzero((spans <= spans[:, [rule]]).all(axis=0) & (np.arange(spans.shape[1]) != rule))
-        better: np.ndarray = (cost[..., cheaper] <= cost[..., [rule]]).all(axis=0)
+        better = np.asarray((cost[..., cheaper] <= cost[..., [rule]]).all(axis=0))
         if rules_per_layer is not None:
-            better = better.all(axis=1, keepdims=True)
-        keep[..., rule] = ~better.any(axis=-1)
+            better = np.asarray(better.all(axis=1, keepdims=True))
+        keep[..., rule] = ~np.logical_or.reduce(better, axis=-1)
     return keep
 
 
