@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -243,7 +243,7 @@ def _converted(gguf: Path, progress: Progress) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
+                **_unpacked(),
                 dtype=torch.bfloat16,
             )
             model.save_pretrained(temporary)
@@ -262,6 +262,12 @@ def _converted(gguf: Path, progress: Progress) -> Path:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _unpacked() -> dict[str, Any]:
+    """Arguments that make a GGUF file's weights plain ones: transformers up to 5.16 always unpacks, later ones if told."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @contextmanager
