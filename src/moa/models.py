@@ -265,7 +265,7 @@ def _converted(gguf: Path, progress: Progress) -> Path:
 
 
 def _unpacked() -> dict[str, Any]:
-    """Arguments that make a GGUF file's weights plain ones: transformers up to 5.16 always unpacks, later ones if told."""
+    """Arguments that make a GGUF file's weights plain ones: transformers 5.16 always unpacks, later ones if told."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 

@@ -94,7 +94,7 @@ def check_plan(plan: ParetoPlan, tables, config: OptimizeConfig, lengths):
     if config.rules_per_layer:
         for alpha, beta in zip(plan.alpha, plan.beta, strict=True):
             assert len(set(zip(alpha, beta, strict=True))) <= config.rules_per_layer
-    assert 0 <= plan.gap
+    assert plan.gap >= 0
 
 
 def check_front(plans):
@@ -133,13 +133,13 @@ def test_several_lengths_hold_every_single_optimum_and_no_plan_dominates_another
 
 
 def test_plans_between_the_ends_are_the_best_within_their_losses():
-    tables = loss_tables(3, 4, 3, [512, 2048])
-    config = OptimizeConfig(0.35, (), grid=SMALL_GRID)
+    tables = {512: loss_tables(3, 6, 3, [512])[512], 2048: loss_tables(4, 6, 3, [2048])[2048]}
+    config = OptimizeConfig(0.5, (), grid=SMALL_GRID)
     plans = optimize(tables, config)
     assert len(plans) >= 3
     for plan in plans:
         limits = {512: plan.losses[512] * (1 + 1e-6)}
-        best = oracle(tables, 0.35, (512, 2048), SMALL_GRID, None, 2048, limits)
+        best = oracle(tables, 0.5, (512, 2048), SMALL_GRID, None, 2048, limits)
         assert plan.losses[2048] <= best * (1 + 3 * config.gap)  # itself, and a neighbour that stands for it
 
 
@@ -165,7 +165,7 @@ def test_better_than_one_window_for_all_heads(density, rules_per_layer):
 
 def test_the_same_tables_give_the_same_plans():
     tables = loss_tables(2, 6, 2, [512, 1024, 2048])
-    config = OptimizeConfig(0.3, points=3)
+    config = OptimizeConfig(0.3, points=3, grid=SMALL_GRID)
     first, second = optimize(tables, config), optimize(dict(reversed(tables.items())), config)
     assert len(first) == len(second)
     for one, other in zip(first, second, strict=True):

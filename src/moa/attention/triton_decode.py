@@ -43,7 +43,7 @@ class WorkList:
 
 def work_list(capacity: np.ndarray, device: torch.device, programs: int) -> WorkList:
     """Cut pairs of these capacities, int64 [pairs], into about ``programs`` pieces of equal length."""
-    length = BLOCK * max(1, -(-int(capacity.sum()) // (BLOCK * programs)))
+    length = BLOCK * max(2, -(-int(capacity.sum()) // (BLOCK * programs)))  # short pieces cost more to add up
     pieces = np.maximum(-(-capacity // length), 1)
     first = np.concatenate([[0], np.cumsum(pieces)])
     pair = np.repeat(np.arange(len(capacity)), pieces)
@@ -248,7 +248,7 @@ def decode(
         dv,
         tile_size(dv),
         sink_logits is not None,
-        16,
+        64,
         num_warps=4,
     )
     return output

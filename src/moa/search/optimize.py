@@ -21,6 +21,7 @@ from moa.search.assignment import Assignment, AssignmentProblem, assign
 
 _SOLVE_SHARE = 0.8  # of the gap allowed to a plan: what its solve may leave, the rest is for breaking ties
 _TIE_SHARE = 0.1  # of the gap allowed to a plan: what the other objectives weigh together in a solve
+_GUESS_GAP = 0.05  # a guessed loss is not worth solving to more
 _SLACK = 1 + 1e-9  # on limits of losses, so that the plan that set a limit meets it whatever the order of summing
 
 
@@ -164,8 +165,9 @@ def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress:
     extra = (2 * lengths[-1],) if config.lengths_constrained is None else config.lengths_constrained
     grid = config.grid or RuleGrid.scaled(lengths[-1], config.sink, config.block)
     rules = _Rules.of(grid, sorted({*lengths, *extra}), config)
-    cost = np.stack([rules.losses(length, table, config) for length, table in tables.items()])
-    search = _Search(cost, rules, config)
+    cost = np.stack([rules.losses(length, tables, config) for length in lengths])
+    unprofiled = [rules.losses(length, tables, config) for length in rules.spans if length not in tables]
+    search = _Search(cost, np.sum(unprofiled, axis=0) if unprofiled else None, rules, config)
     return [
         ParetoPlan(
             alpha=rules.alpha[found.choice],
@@ -239,11 +241,15 @@ class _Rules:
         order = order[np.sort(first)]
         return cls(alpha[order], beta[order], {length: row[order] for length, row in zip(lengths, spans, strict=True)})
 
-    def losses(self, length: int, table: np.ndarray, config: OptimizeConfig) -> np.ndarray:
-        """Loss of every rule at one length, [layers, heads, rules]."""
+    def losses(self, length: int, tables: Mapping[int, np.ndarray], config: OptimizeConfig) -> np.ndarray:
+        """Loss of every rule at one length, [layers, heads, rules].
+
+        At a length that was not profiled, a guess: the loss at the nearest one that was, at the same density.
+        """
         spans = self.spans[length]
-        entry = np.clip((spans - config.sink) // config.block - 1, 0, table.shape[-1] - 1)
-        return np.where(spans >= length, 0.0, table[..., entry])
+        profiled = min(tables, key=lambda other: abs(math.log(other / length)))
+        entry = (spans * profiled // length - config.sink) // config.block - 1
+        return np.where(spans >= length, 0.0, tables[profiled][..., np.maximum(entry, 0)])
 
 
 @dataclass(frozen=True)
@@ -256,10 +262,14 @@ class _Found:
 
 
 class _Search:
-    """The epsilon-constraint method over one set of rules; ``cost`` is float64 [objectives, layers, heads, rules]."""
+    """The epsilon-constraint method over one set of rules.
 
-    def __init__(self, cost: np.ndarray, rules: _Rules, config: OptimizeConfig):
-        self.cost, self.config = cost, config
+    ``cost`` is float64 [objectives, layers, heads, rules], ``guess`` [layers, heads, rules] the guessed loss at the
+    lengths that are constrained but not profiled, None if there are none.
+    """
+
+    def __init__(self, cost: np.ndarray, guess: np.ndarray | None, rules: _Rules, config: OptimizeConfig):
+        self.cost, self.guess, self.config = cost, guess, config
         self.objectives, layers, heads, _ = cost.shape
         limit = config.rules_per_layer
         self.rules_per_layer = None if limit is None or limit >= heads else limit
@@ -269,6 +279,7 @@ class _Search:
         _refuse_tight_budget(rules.spans, self.budgets, config.density, layers * heads)
         self.lengths = np.array(list(rules.spans))
         self.within = np.flatnonzero((self.spans * layers * heads <= self.budgets[:, None]).all(axis=0))
+        self.usage = np.broadcast_to(self.spans[:, None, None, :], (len(self.spans), *cost.shape[1:]))
         self.undominated = _undominated(cost, self.spans, self.rules_per_layer)
         self.found: list[_Found] = []
 
@@ -338,29 +349,35 @@ class _Search:
     def assign(self, weights: np.ndarray, upper: np.ndarray, start: np.ndarray | None = None) -> Assignment:
         """Minimise the weighted losses within the budgets, every loss at most ``upper``; both [objectives]."""
         limited = np.isfinite(upper)
-        cost = np.tensordot(weights, self.cost, 1)
-        spans = np.broadcast_to(self.spans[:, None, None, :], (len(self.spans), *cost.shape))
         counts = limited | (weights > 0)
+        cost = np.tensordot(weights, self.cost, 1)
+        if start is None and not limited.any() and len(self.within):
+            best = self.within[cost[..., self.within].sum(axis=(0, 1)).argmin()]
+            start = np.full(cost.shape[:2], best)
         problem = AssignmentProblem(
             cost=cost,
-            usage=np.concatenate([spans, self.cost[limited]]),
+            usage=np.concatenate([self.usage, self.cost[limited]]),
             limits=np.concatenate([self.budgets, upper[limited]]),
             allowed=self.undominated
             if counts.all()
             else _undominated(self.cost[counts], self.spans, self.rules_per_layer),
             rules_per_layer=self.rules_per_layer,
         )
-        if start is None and not limited.any() and len(self.within):
-            best = self.within[cost[..., self.within].sum(axis=(0, 1)).argmin()]
-            start = np.full(cost.shape[:2], best)
         return assign(problem, _SOLVE_SHARE * self.config.gap, start)
 
     def keep(self, choice: np.ndarray, objective: int, bound: float) -> np.ndarray:
         """Remember an answer; returns its losses [objectives]."""
         layer, head = np.ogrid[: choice.shape[0], : choice.shape[1]]
+        if self.guess is not None:
+            # The budgets of lengths that were not profiled are there to be used: of rules that lose no more at any
+            # profile length, each head takes what is likely to lose least at the other lengths.
+            no_worse = np.logical_and.reduce(self.cost <= self.cost[:, layer, head, choice][..., None], axis=0)
+            problem = AssignmentProblem(self.guess, self.usage, self.budgets, no_worse, self.rules_per_layer)
+            better = assign(problem, _GUESS_GAP, choice).choice
+            choice = choice if better is None else better
         values = self.cost[:, layer, head, choice].sum(axis=(1, 2))
         value = float(values[objective])
-        gap = max(0.0, value - bound) / value if value > 0 else 0.0
+        gap = max(0.0, value - float(bound)) / value if value > 0 else 0.0
         self.found.append(_Found(choice, values, gap))
         return values
 
