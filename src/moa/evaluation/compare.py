@@ -43,7 +43,7 @@ TASKS = (PASSKEY, LINES, PERPLEXITY)
 # Prompts of one length are answered together, up to this many tokens.
 _BATCH_TOKENS = 8192
 # Rounds of decode steps: the first warms up, the median of the others counts.
-_ROUNDS = 4
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
