@@ -183,6 +183,15 @@ def test_density_one_keeps_everything(rules_per_layer):
     assert (elastic_spans(plan.alpha, plan.beta, 1_000_000) == 1_000_000).all(), "at any length, not only these"
 
 
+@pytest.mark.parametrize("rules_per_layer", [None, 2])
+def test_the_budget_of_a_length_that_was_not_profiled_is_used(rules_per_layer):
+    """A head that keeps all of 1024 tokens may do so with a constant span, which would be half of 2048."""
+    tables = loss_tables(3, 8, 8, [1024])
+    grid = RuleGrid((*RuleGrid.scaled(1024).rules, ElasticRule(1024.0, 0.0)))
+    (plan,) = optimize(tables, OptimizeConfig(0.5, rules_per_layer=rules_per_layer, grid=grid))
+    assert plan.densities[2048] > 0.49
+
+
 def test_tables_without_any_loss_cost_nothing():
     (plan,) = optimize({512: np.zeros((2, 2, 7)), 1024: np.zeros((2, 2, 15))}, OptimizeConfig(0.5))
     assert plan.losses == {512: 0, 1024: 0}
@@ -343,7 +352,8 @@ def test_plans_meet_their_budgets_whatever_the_tables(data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("layers", "heads", "grid", "rules_per_layer"), [(32, 16, RuleGrid.paper(), 2), (32, 4, None, None)]
+    ("layers", "heads", "grid", "rules_per_layer"),
+    [(32, 16, RuleGrid.paper(), 2), (32, 4, None, None)],
 )
 def test_a_model_of_usual_size_takes_seconds(layers, heads, grid, rules_per_layer):
     tables = loss_tables(0, layers, heads, [2048, 4096, 8192])

@@ -288,6 +288,10 @@ def decode_group(
     -------
     [pairs, group, value_dim]
     """
+    if stored is None and sink_logits is None and options.softcap is None:
+        # nothing but products: their threads share one long head, which PyTorch's attention on a CPU does not do
+        scores = torch.bmm(query * options.scaling, key.transpose(1, 2))
+        return torch.bmm(torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype), value)
     seen = None
     if stored is not None:
         seen = (torch.arange(key.shape[1], device=key.device) < stored[:, None])[:, None, None, :]
@@ -306,7 +310,7 @@ def _softmax_attention(
     pairs, group, queries, dim = query.shape
     scores = torch.bmm((query * options.scaling).reshape(pairs, group * queries, dim), key.transpose(1, 2))
     scores = scores.view(pairs, group, queries, -1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.to(_exact(scores.dtype))
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if seen is not None:
@@ -318,6 +322,11 @@ def _softmax_attention(
         weights = torch.softmax(scores, dim=-1)
     mixed = torch.bmm(weights.to(value.dtype).reshape(pairs, group * queries, -1), value)
     return mixed.view(pairs, group, queries, -1)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: what a softmax is computed in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _logits_per_pair(sink_logits: torch.Tensor | None, rows: int, shape: Sequence[int]) -> torch.Tensor | None:

@@ -138,7 +138,9 @@ class ParetoPlan:
 def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress: Progress = SILENT) -> list[ParetoPlan]:
     """Plans within the density budget, none of which is worse than another at every profile length.
 
-    Plans closer to each other than ``config.gap`` at every length count as one. Deterministic.
+    Plans closer to each other than ``config.gap`` at every length count as one. At lengths that are constrained but
+    not profiled the budget goes to the heads that lose most at the nearest profile length, as far as that takes
+    nothing from the profile lengths. Deterministic.
 
     Parameters
     ----------
