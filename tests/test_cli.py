@@ -56,8 +56,8 @@ def test_show_draws_spans_and_costs(plan_file, capsys):
     assert shown.count("25") >= 6
     line = next(line for line in shown.splitlines() if "4,096" in line)
     assert "0.250" in line
-    assert "3.1 MB" in line  # 2 layers x 3 heads x 1024 tokens x 64 x 2 bytes, K and V
-    assert "12.6 MB" in line
+    assert "1.6 MB" in line  # 2 layers x 3 heads x 1024 tokens x 64 x 2 bytes, K and V
+    assert "6.3 MB" in line
 
 
 def test_convert_imports_the_published_format(tmp_path, capsys):

@@ -16,6 +16,8 @@ from moa.errors import InputError, MoAError
 # typer brings click along, under its own name in newer versions
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+_INTERRUPTED = 130  # exit code, by convention
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -502,6 +504,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         if debug:
             raise
+        code = _INTERRUPTED
+    if code == _INTERRUPTED:  # typer may have caught the interrupt itself
         complaints.print("interrupted; finished work is kept, run the same command again to go on", highlight=False)
-        sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -16,17 +16,15 @@ import torch
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs of equal capacity: ``first`` to ``last`` in the order of storage."""
+    """Pairs of equal capacity: ``first`` to ``last`` in the order of storage.
+
+    ``keys`` and ``values`` are their part of the buffers, in place: [pairs, capacity, dim].
+    """
 
     first: int
     last: int
-    offset: int  # first slot
-    capacity: int
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """[pairs, capacity, dim] of a flat buffer, in place."""
-        pairs = self.last - self.first
-        return buffer[self.offset : self.offset + pairs * self.capacity].view(pairs, self.capacity, -1)
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,19 @@ class SpanStore:
         self.offset[self.order] = starts[:-1]
         self.written = np.zeros_like(self.capacity)
         sizes, firsts = np.unique(ordered, return_index=True)
+        self.keys = like_key.new_empty(int(starts[-1]), like_key.shape[-1])
+        self.values = like_value.new_empty(int(starts[-1]), like_value.shape[-1])
         self.groups = tuple(
-            Group(int(first), int(last), int(starts[first]), int(size))
+            Group(
+                int(first),
+                int(last),
+                *(
+                    buffer[starts[first] : starts[last]].view(int(last - first), int(size), -1)
+                    for buffer in (self.keys, self.values)
+                ),
+            )
             for size, first, last in zip(sizes, firsts, [*firsts[1:], len(ordered)], strict=True)
         )
-        slots = int(starts[-1])
-        self.keys = like_key.new_empty(slots, like_key.shape[-1])
-        self.values = like_value.new_empty(slots, like_value.shape[-1])
 
     def stored(self) -> np.ndarray:
         """How many tokens each pair holds: int64 [pairs]."""

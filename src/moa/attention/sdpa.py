@@ -106,19 +106,20 @@ def _decode(
         order = torch.from_numpy(store.order).to(query.device)
         grouped = grouped.index_select(0, order)
         sink_logits = None if sink_logits is None else sink_logits.index_select(0, order)
-    stored = store.stored()[store.order]
+    stored = store.stored()[store.order].tolist()
     outputs = []
     for group in store.groups:
         members = slice(group.first, group.last)
-        most = int(stored[members].max())
+        filled = stored[members]
+        most = max(filled)
         outputs.append(
             decode_group(
                 grouped[members],
-                group.view(store.keys)[:, :most],
-                group.view(store.values)[:, :most],
+                group.keys[:, :most],
+                group.values[:, :most],
                 options,
                 None if sink_logits is None else sink_logits[members],
-                None if (stored[members] == most).all() else torch.from_numpy(stored[members]).to(query.device),
+                None if min(filled) == most else torch.tensor(filled, device=query.device),
             )
         )
     output = torch.cat(outputs)
