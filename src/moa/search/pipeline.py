@@ -68,6 +68,8 @@ class DataConfig:
             If a length is beyond the context, or nothing is asked for.
         """
         lengths = self.lengths
+        if lengths == () or self.items < 1 or self.validation_items < 1:
+            raise InputError("a search needs at least one length, one item and one validation item")
         if lengths is None:
             longest = min(8192, 64 * int(context_length / 1.5 // 64))
             lengths = tuple(sorted({64 * (longest // share // 64) for share in (4, 2, 1)}))
@@ -79,8 +81,6 @@ class DataConfig:
                 raise InputError(
                     f"length {length} is beyond the model's context of {context_length} tokens; give shorter --lengths"
                 )
-        if not lengths or self.items < 1 or self.validation_items < 1:
-            raise InputError("a search needs at least one length, one item and one validation item")
         return replace(self, lengths=tuple(sorted(set(lengths))), validation_length=validation)
 
 
