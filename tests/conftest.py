@@ -11,6 +11,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: the kernels' tests run in the interpreter
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory is NaN, so that what a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty returns
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @pytest.fixture(scope="session")
 def demo_model():
     """SmolLM2-135M-Instruct in float32 on the CPU; nobody may leave it changed."""

@@ -18,7 +18,7 @@ def _eager_under_mask(module, query, key, value, attention_mask, **kwargs):
     spans = torch.from_numpy(_CURRENT["spans"][:, module.layer_idx])  # [rows, kv_heads]
     valid = torch.ones(len(query), tokens, dtype=torch.bool)
     seen = visible_keys(spans, _CURRENT["sink"], valid, tokens, kwargs.get("sliding_window"))
-    mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+    mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min).to(query.device)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return eager(module, query, key, value, mask, **kwargs)

@@ -1,4 +1,7 @@
-"""A real model (SmolLM2-135M-Instruct, float32) under plans: the tokens of the explicit mask, from fewer bytes."""
+"""A real model (SmolLM2-135M-Instruct, float32) under plans: the tokens of the explicit mask, from fewer bytes.
+
+With ``pytest -m gpu`` the same on an NVIDIA GPU, where the Triton kernels run.
+"""
 
 import json
 import subprocess
@@ -9,16 +12,21 @@ import torch
 
 import moa
 from masked_model import masked_logits
-from moa.models import chat_prompt
+from moa.models import chat_prompt, load_model
 from tiny_models import random_plan
 
 NEW = 16
 TEXT = "The tide tables of the harbour were printed every spring, and the harbour master corrected them by hand. "
 
 
-@pytest.fixture(scope="module")
-def model(demo_model):
-    return demo_model.model
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+
+
+@pytest.fixture(scope="module", params=["cpu", GPU])
+def model(demo_model, request):
+    if request.param == "cpu":
+        return demo_model.model
+    return load_model("demo", "float32", request.param).model
 
 
 @pytest.fixture(scope="module", params=["full", "short"])
@@ -33,6 +41,7 @@ def prompt(demo_model, tokens, seed=0):
 
 
 def generate(model, ids, **options):
+    ids = ids.to(model.device)
     return model.generate(ids, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, **options)
 
 
@@ -58,7 +67,7 @@ def test_a_left_padded_batch_of_three(demo_model, model, plan):
         ids[row, 500 - length :] = prompt(demo_model, length, seed=row)
         mask[row, 500 - length :] = 1
     with moa.apply(model, plan):
-        batch = generate(model, ids, attention_mask=mask)
+        batch = generate(model, ids, attention_mask=mask.to(model.device))
         for row, length in enumerate(lengths):
             solo = generate(model, ids[row : row + 1, 500 - length :])
             assert batch[row, 500:].tolist() == solo[0, length:].tolist()
@@ -77,7 +86,7 @@ def test_three_turns_on_one_cache(demo_model, model):
         for turn in range(3):
             starts.append(ids.shape[1])
             ids = generate(model, ids, past_key_values=cache)
-            ids = torch.cat([ids, prompt(demo_model, 80, seed=turn)], dim=1)
+            ids = torch.cat([ids, prompt(demo_model, 80, seed=turn).to(ids.device)], dim=1)
     for start in starts:
         assert_greedy(model, plan, ids[:, : start + NEW], start)
 

@@ -40,14 +40,18 @@ class SpanLayer(CacheLayerMixin):
         key: torch.Tensor,
         value: torch.Tensor,
         sliding_window: int | None,
+        backend: str | None,
     ) -> None:
-        """Reserve slots for a plan's ``spans`` int64 [rows, kv_heads], for sequences of ``lengths`` int64 [rows]."""
+        """Reserve slots for a plan's ``spans`` int64 [rows, kv_heads], for sequences of ``lengths`` int64 [rows].
+
+        ``backend`` is as in `moa.attention.backends.pick`.
+        """
         self.seen = np.zeros(len(spans), np.int64)  # real tokens of each row
         self.lengths = lengths
         self.spans = spans
         self.sliding_window = sliding_window
         self.store = SpanStore(self._capacity(), effective_span(0, sink, sliding_window)[1], key, value)
-        self.backend = backends.pick(key.device, key.dtype, key.shape[-1])
+        self.backend = backends.pick(key.device, key.dtype, key.shape[-1], backend)
         self.is_initialized = True
 
     def _capacity(self) -> np.ndarray:
@@ -178,12 +182,17 @@ class SpanCache(Cache):
         value: torch.Tensor,
         valid: np.ndarray | None,
         options: AttentionOptions,
+        backend: str | None = None,
     ) -> torch.Tensor:
-        """Attention of one layer; shapes as in `SpanLayer.attend`."""
+        """Attention of one layer; shapes as in `SpanLayer.attend`.
+
+        ``backend``, as in `moa.attention.backends.pick`, counts when the layer's first tokens come.
+        """
         layer = self.span_layers[layer_idx]
         if not layer.is_initialized:
             lengths = self._row_lengths(len(query))
-            layer.allocate(self._spans(lengths, layer_idx), lengths, self.plan.sink, key, value, options.sliding_window)
+            spans = self._spans(lengths, layer_idx)
+            layer.allocate(spans, lengths, self.plan.sink, key, value, options.sliding_window, backend)
         elif len(query) != len(layer.seen):
             raise CacheError(f"the SpanCache holds {len(layer.seen)} rows, but the model was called with {len(query)}")
         output = layer.attend(query, key, value, valid, options)

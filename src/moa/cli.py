@@ -1,7 +1,9 @@
 """The command `moa`: parses, calls, prints."""
 
+import os
 import platform
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,10 +38,16 @@ class EstimatorName(StrEnum):
 @app.callback()
 def _everywhere(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from (any command).")] = False,
+    backend: Annotated[str, typer.Option(envvar="MOA_BACKEND", help="Attention: triton, sdpa, or by the device.")] = "",
 ) -> None:
     """MoA, Mixture of Attention Spans: find how far back each attention head of an LLM needs to look, and run it from a
     KV cache that stores only that.
     """
+    if backend:
+        from moa.attention import backends
+
+        backends.check(backend)
+        os.environ["MOA_BACKEND"] = backend  # this process is the command's own
 
 
 # Options that several commands share ---------------------------------------------------------------------------------
@@ -439,16 +447,36 @@ def bench_attention(
     quiet: Quiet = False,
 ) -> None:
     """Our kernels on an NVIDIA GPU, next to dense attention and other ways to run the same mask."""
-    from rich.markdown import Markdown
-
     from moa.benchmark.attention import bench_attention as measure
     from moa.benchmark.attention import to_markdown
-    from moa.files import check_writable, write_json, write_text
     from moa.progress import Progress
+
+    _bench(json, to_markdown, lambda: measure(Progress(quiet)))
+
+
+@bench_app.command("profile")
+def bench_profile(
+    items: Annotated[int, typer.Option(help="Calibration items at each length.")] = 50,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The profile stage on models of 7B and 8B shape (random weights), next to plain forward and backward passes."""
+    from moa.benchmark.profile import bench_profile as measure
+    from moa.benchmark.profile import to_markdown
+    from moa.progress import Progress
+
+    _bench(json, to_markdown, lambda: measure(items, Progress(quiet)))
+
+
+def _bench(json: Path | None, to_markdown: Callable[[dict[str, Any]], str], run: Callable[[], dict[str, Any]]) -> None:
+    """Run a benchmark, print its table, and write both where ``json`` says."""
+    from rich.markdown import Markdown
+
+    from moa.files import check_writable, write_json, write_text
 
     if json:
         check_writable(json)
-    result = {"command": "moa " + " ".join(sys.argv[1:]), **measure(Progress(quiet))}
+    result = {"command": "moa " + " ".join(sys.argv[1:]), **run()}
     out.print(Markdown(to_markdown(result)))
     if json:
         write_json(json, result)

@@ -7,6 +7,7 @@ knows how long the sequences will become.
 """
 
 import weakref
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -24,14 +25,22 @@ from moa.plan import ModelIdentity, Plan
 
 NAME = "moa_span"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_PLANS: "weakref.WeakKeyDictionary[torch.nn.Module, Plan]" = weakref.WeakKeyDictionary()  # by attention module
+
+
+@dataclass(frozen=True)
+class _InForce:
+    plan: Plan
+    backend: str | None
+
+
+_IN_FORCE: "weakref.WeakKeyDictionary[torch.nn.Module, _InForce]" = weakref.WeakKeyDictionary()  # by attention module
 
 
 class AppliedPlan:
     """A plan in force on a model; ends with `remove` or with the ``with`` block it opens."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan):
-        self.model, self.plan = model, plan
+    def __init__(self, model: PreTrainedModel, plan: Plan, backend: str | None):
+        self.model, self.plan, self.backend = model, plan, backend
         self._previous: str | dict[str, str] | None = None
 
     def __enter__(self) -> "AppliedPlan":
@@ -49,7 +58,7 @@ class AppliedPlan:
         self.model.set_attn_implementation(self._previous)
         self._previous = None
         for module in self.model.modules():
-            _PLANS.pop(module, None)
+            _IN_FORCE.pop(module, None)
         object.__delattr__(self.model, "_prepare_cache_for_generation")
 
     def _put_in_force(self) -> None:
@@ -64,7 +73,7 @@ class AppliedPlan:
         self._previous = previous if name is None else {name: previous}
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
-                _PLANS[module] = self.plan
+                _IN_FORCE[module] = _InForce(self.plan, self.backend)
         # on the object alone; nn.Module's types only know tensors and modules
         object.__setattr__(self.model, "_prepare_cache_for_generation", self._prepare_cache)
 
@@ -98,7 +107,7 @@ class AppliedPlan:
             raise CacheError(f"under a plan past_key_values must be a SpanCache, not {type(cache).__name__}")
 
 
-def apply(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
+def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None) -> AppliedPlan:
     """Make ``model`` attend by ``plan``, until the handle's ``remove`` or the end of its ``with`` block.
 
     Parameters
@@ -107,6 +116,9 @@ def apply(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
         Any decoder whose attention goes through transformers' AttentionInterface.
     plan : Plan
         Made for this model.
+    backend : str, optional
+        ``"triton"`` or ``"sdpa"``; without it the environment variable MOA_BACKEND, else our kernels on an NVIDIA GPU
+        and PyTorch's operators elsewhere.
 
     Returns
     -------
@@ -115,6 +127,8 @@ def apply(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
 
     Raises
     ------
+    InputError
+        If ``backend`` is none we have.
     PlanError
         If the plan is for another model.
     UnsupportedModelError
@@ -135,7 +149,9 @@ def apply(model: PreTrainedModel, plan: Plan) -> AppliedPlan:
     if text._attn_implementation == NAME:
         raise UnsupportedModelError("a plan is already in force on this model; remove it first")
     plan.check_fits(ModelIdentity.of(model.config))
-    applied = AppliedPlan(model, plan)
+    if backend is not None:
+        backends.check(backend)
+    applied = AppliedPlan(model, plan, backend)
     applied._put_in_force()
     return applied
 
@@ -163,9 +179,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls; tensors [rows, heads, tokens, dim], mask bool [rows, tokens]."""
-    plan = _PLANS.get(module)
-    if plan is None:
+    in_force = _IN_FORCE.get(module)
+    if in_force is None:
         raise UnsupportedModelError(f"attention {NAME!r} was called on a module without a plan; use moa.apply")
+    plan = in_force.plan
     if dropout or position_bias is not None or is_causal is False:
         raise UnsupportedModelError("plans cover causal attention without dropout and without position biases")
     if key.shape[1] != plan.model.kv_heads:
@@ -181,19 +198,19 @@ def _attention(
         cache, layer = handle
         if cache.plan is not plan and cache.plan != plan:
             raise CacheError("the SpanCache was made for another plan than the one in force; make a new cache")
-        output = cache.attend(layer, query, key, value, valid, options)
+        output = cache.attend(layer, query, key, value, valid, options, in_force.backend)
     elif key.shape[2] != query.shape[2]:
         raise CacheError(
             "a cache that is not a SpanCache was used under a plan; pass past_key_values=SpanCache(plan, lengths=...), "
             "or let generate make the cache"
         )
     else:
-        output = _without_cache(plan, module.layer_idx, query, key, value, valid, options)
+        output = _without_cache(in_force, module.layer_idx, query, key, value, valid, options)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _without_cache(
-    plan: Plan,
+    in_force: _InForce,
     layer: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -203,7 +220,8 @@ def _without_cache(
 ) -> torch.Tensor:
     """Attention of whole sequences: N is each row's own length."""
     rows, _, tokens, _ = query.shape
-    backend = backends.pick(key.device, key.dtype, key.shape[-1])
+    plan = in_force.plan
+    backend = backends.pick(key.device, key.dtype, key.shape[-1], in_force.backend)
     if valid is None:
         spans = np.repeat(plan.spans(tokens)[layer][None], rows, axis=0)
         return backend.prefill(query, key, value, spans, plan.sink, options)

@@ -19,7 +19,7 @@ DEVICE = "cuda" if GPU else "cpu"
 # The interpreter does its arithmetic in numpy, which has no bfloat16: that one runs on a GPU only.
 DTYPES = {torch.float32: 2e-5, torch.float16: 2e-3, **({torch.bfloat16: 1.5e-2} if GPU else {})}  # relative error
 
-pytestmark = pytest.mark.gpu if GPU else []
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), *([pytest.mark.gpu] if GPU else [])]
 
 
 def assert_near(got, expected, dtype):
@@ -175,7 +175,7 @@ def test_the_operators_are_known_to_torch_compile():
         )
         assert out.shape == (2, 4, 5, 64)
         step = torch.ops.moa.decode(
-            q[:, :, 0], flat, flat, counts, counts, counts, counts, counts, counts, 64, 0.1, 0.0, None
+            q[:, :, 0], k[:, :, 0], v[:, :, 0], flat, flat, *[counts] * 6, 64, 64, 0.1, 0.0, None
         )
         assert step.shape == (2, 4, 64)
         assert torch.ops.moa.store(k, v, flat, flat, counts, counts, counts, counts[:2], 64) is None

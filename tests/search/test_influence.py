@@ -27,11 +27,11 @@ def options(dim=8, heads=4, softcap=None, learned_sink=False, sliding_window=Non
     return AttentionOptions(dim**-0.5, softcap, sink_logits, sliding_window)
 
 
-def measured(inputs, settings, estimator, strip=128):
+def measured(inputs, settings, estimator, strip=128, backend="sdpa"):
     """Output, gradients of query, key and value, and the loss table."""
     query, key, value, d_out = inputs
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    collector = InfluenceCollector(estimator, strip)
+    collector = InfluenceCollector(estimator, strip, backend)
     out = influence_attention(*leaves, settings, collector, 5)
     out.backward(d_out)
     return out.detach(), *(leaf.grad for leaf in leaves), collector.tables[5]

@@ -18,28 +18,36 @@ NAMES = ("triton", "sdpa")
 _LOG = logging.getLogger("moa")
 
 
-def pick(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+def pick(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None) -> ModuleType:
     """The backend for tensors of this kind: our kernels on an NVIDIA GPU, else PyTorch's operators.
 
-    The environment variable MOA_BACKEND ("triton" or "sdpa") overrides the choice.
+    ``wanted`` ("triton" or "sdpa"), or without it the environment variable MOA_BACKEND, overrides the choice.
 
     Raises
     ------
     InputError
-        If MOA_BACKEND names no backend.
+        If what is wanted is no backend.
     UnsupportedModelError
-        If the backend it names cannot take the case; the message says why.
+        If it cannot take the case; the message says why.
     """
-    return _pick(os.environ.get("MOA_BACKEND", ""), device, dtype, head_dim)
+    return _pick(wanted or os.environ.get("MOA_BACKEND", ""), device, dtype, head_dim)
+
+
+def check(name: str) -> None:
+    """Raise InputError unless a backend is called so."""
+    if name not in NAMES:
+        raise InputError(f"backend {name!r} (an argument, or MOA_BACKEND) is none of {', '.join(NAMES)}")
 
 
 @cache
 def _pick(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
-    if wanted and wanted not in NAMES:
-        raise InputError(f"MOA_BACKEND is {wanted!r}; expected one of {', '.join(NAMES)}, or nothing")
+    if wanted:
+        check(wanted)
     reason = _against_triton(device, dtype, head_dim)
     if wanted == "triton" and reason:
-        raise UnsupportedModelError(f"the Triton kernels were asked for, but {reason}; unset MOA_BACKEND")
+        raise UnsupportedModelError(
+            f"the Triton kernels were asked for, but {reason}; leave the backend open (argument or MOA_BACKEND)"
+        )
     use_triton = wanted == "triton" or (not wanted and device.type == "cuda" and reason is None)
     name = "triton" if use_triton else "sdpa"
     because = f" ({reason})" if reason and device.type == "cuda" else ""

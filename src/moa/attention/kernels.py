@@ -15,7 +15,7 @@ from moa.attention.triton_store import store as store_kernel
 from moa.errors import CacheError
 from moa.storage import SpanStore
 
-_PROGRAMS_PER_PROCESSOR = 8  # pieces of a decode step: enough to even out, few enough to add up fast
+_PROGRAMS_PER_PROCESSOR = 3  # pieces of a decode step: enough to even out, few enough to add up fast
 HEAD_DIMS = (16, 256)
 
 
@@ -91,17 +91,12 @@ def attend(
     store.written += np.repeat(new - first_columns, store.heads)
     softcap = options.softcap or 0.0
     query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
-
-    def append() -> None:
-        store_kernel(
-            key, value, store.keys, store.values, counts.offset, counts.capacity, counts.written, first, store.sink
-        )
-
     if new == 1 and valid is None:
-        append()
         work = _work(store)
         output = decode(
             query[:, :, 0],
+            key[:, :, 0],
+            value[:, :, 0],
             store.keys,
             store.values,
             counts.offset,
@@ -111,6 +106,7 @@ def attend(
             work.start,
             work.first,
             work.length,
+            store.sink,
             options.scaling,
             softcap,
             options.sink_logits,
@@ -133,7 +129,9 @@ def attend(
         softcap,
         options.sink_logits,
     )
-    append()
+    store_kernel(
+        key, value, store.keys, store.values, counts.offset, counts.capacity, counts.written, first, store.sink
+    )
     return output
 
 

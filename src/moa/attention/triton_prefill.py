@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moa.attention.triton_decode import _LOG2_E, softcapped
+from moa.attention.triton_decode import LOG2_E, softcapped
 from moa.attention.triton_store import tile_size
 
 
@@ -49,7 +49,7 @@ def _tile(
         safe = tl.where(new_high == float("-inf"), 0.0, new_high)  # nothing seen yet
     else:
         new_high = tl.maximum(high, tl.max(s, 1) * scale_log2)
-        safe = new_high
+        safe = new_high  # never -inf here: a tile without a mask has visible keys
     p = tl.exp2(s * scale_log2 - safe[:, None])  # one fused multiply-add before the exponential
     shrink = tl.exp2(high - safe)
     total = total * shrink + tl.sum(p, 1)
@@ -70,6 +70,7 @@ def _prefill_kernel(
     first,
     sink_logits,
     output,
+    lse,
     scale_log2,
     softcap,
     sink,
@@ -97,6 +98,7 @@ def _prefill_kernel(
     PAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LEARNED: tl.constexpr,
+    LSE: tl.constexpr,
 ):
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -168,9 +170,18 @@ def _prefill_kernel(
     v_new = value + row.to(tl.int64) * v_row + kv_head.to(tl.int64) * v_head + begin.to(tl.int64) * v_token
     k_tile = k_new + n[None, :].to(tl.int64) * k_token + d[:, None]
     v_tile = v_new + n[:, None].to(tl.int64) * v_token + dv[None, :]
-    for at in range(0, sink_end, BLOCK_N):
+    # Tiles that need a mask: the sink's, those on the window's edge, those on the diagonal.
+    sink_tiles = tl.cdiv(sink_end, BLOCK_N)
+    edge_tiles = (edge - start) // BLOCK_N
+    diagonal = tl.maximum(diagonal, start)
+    for tile_index in range(sink_tiles + edge_tiles + tl.cdiv(end - diagonal, BLOCK_N)):
+        behind = tile_index - sink_tiles
+        limit = tl.where(behind < 0, sink_end, tokens)
+        at = tl.where(behind < edge_tiles, start + behind * BLOCK_N, diagonal + (behind - edge_tiles) * BLOCK_N)
+        at = tl.where(behind < 0, tile_index * BLOCK_N, at)
         b = at + n
-        live = b < sink_end
+        live = b < limit
+        seen = (b[None, :] <= m[:, None]) & ((b < near)[None, :] | (m[:, None] - b[None, :] < window))
         high, total, mixed = _tile(
             q,
             high,
@@ -180,28 +191,10 @@ def _prefill_kernel(
             v_tile + tl.cast(at, tl.int64) * v_token,
             live[None, :] & (d < D)[:, None],
             live[:, None] & (dv < DV)[None, :],
-            live[None, :],
+            live[None, :] & seen,
             scale_log2,
             softcap,
             True,
-            True,
-            SOFTCAP,
-        )
-    for at in range(start, edge, BLOCK_N):
-        b = at + n
-        high, total, mixed = _tile(
-            q,
-            high,
-            total,
-            mixed,
-            k_tile + tl.cast(at, tl.int64) * k_token,
-            v_tile + tl.cast(at, tl.int64) * v_token,
-            (d < D)[:, None],
-            (dv < DV)[None, :],
-            (b < near)[None, :] | (m[:, None] - b[None, :] < window),
-            scale_log2,
-            softcap,
-            not EVEN,
             True,
             SOFTCAP,
         )
@@ -222,33 +215,17 @@ def _prefill_kernel(
             False,
             SOFTCAP,
         )
-    for at in range(tl.maximum(diagonal, start), end, BLOCK_N):
-        b = at + n
-        live = b < tokens
-        seen = (b[None, :] <= m[:, None]) & ((b < near)[None, :] | (m[:, None] - b[None, :] < window))
-        high, total, mixed = _tile(
-            q,
-            high,
-            total,
-            mixed,
-            k_tile + tl.cast(at, tl.int64) * k_token,
-            v_tile + tl.cast(at, tl.int64) * v_token,
-            live[None, :] & (d < D)[:, None],
-            live[:, None] & (dv < DV)[None, :],
-            seen,
-            scale_log2,
-            softcap,
-            True,
-            True,
-            SOFTCAP,
-        )
 
     if LEARNED:
-        learned = tl.load(sink_logits + head).to(tl.float32) * _LOG2_E
+        learned = tl.load(sink_logits + head).to(tl.float32) * LOG2_E
         top = tl.maximum(high, learned)
         total = total * tl.exp2(high - top) + tl.exp2(learned - top)
         mixed = mixed * tl.exp2(high - top)[:, None]
+        high = top
     mixed = mixed / total[:, None]
+    if LSE:
+        lse_at = lse + (row * heads + head).to(tl.int64) * new + begin
+        tl.store(lse_at + m, high + tl.log2(total), mask=m < tokens)
     o_at = output + row.to(tl.int64) * o_row + head.to(tl.int64) * o_head + begin.to(tl.int64) * o_token
     tl.store(
         o_at + m[:, None].to(tl.int64) * o_token + dv[None, :],
@@ -301,10 +278,52 @@ def prefill(
     -------
     [rows, query_heads, new, value_dim], as a view of [rows, new, query_heads, value_dim]
     """
-    rows, heads, new, d = query.shape
-    kv_heads, dv = key.shape[1], value.shape[3]
+    rows, heads, new, _ = query.shape
     # columns of padding are written by no program
-    output = (value.new_zeros if padded else value.new_empty)(rows, new, heads, dv).transpose(1, 2)
+    output = (value.new_zeros if padded else value.new_empty)(rows, new, heads, value.shape[3]).transpose(1, 2)
+    launch(
+        query,
+        key,
+        value,
+        keys,
+        values,
+        offset,
+        capacity,
+        written,
+        first,
+        sink,
+        past,
+        scaling,
+        softcap,
+        sink_logits,
+        output,
+    )
+    return output
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offset: torch.Tensor,
+    capacity: torch.Tensor,
+    written: torch.Tensor,
+    first: torch.Tensor,
+    sink: int,
+    past: bool,
+    scaling: float,
+    softcap: float,
+    sink_logits: torch.Tensor | None,
+    output: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Fill ``output`` as `prefill` says, and ``lse``, float32 [rows, query_heads, new], with each query's
+    log-sum-exp in units of log2, learned sink included.
+    """
+    rows, heads, new, d = query.shape
+    dv = value.shape[3]
     block_m, block_n, warps, stages = _shape(d, query.dtype, new)
     _prefill_kernel[(triton.cdiv(new, block_m), heads, rows)](
         query,
@@ -318,24 +337,17 @@ def prefill(
         first,
         output if sink_logits is None else sink_logits,
         output,
-        scaling * _LOG2_E.value,
+        output if lse is None else lse,
+        scaling * LOG2_E.value,
         softcap,
         sink,
         new,
         heads,
-        kv_heads,
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        key.stride(0),
-        key.stride(1),
-        key.stride(2),
-        value.stride(0),
-        value.stride(1),
-        value.stride(2),
-        output.stride(0),
-        output.stride(1),
-        output.stride(2),
+        key.shape[1],
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *output.stride()[:3],
         d,
         dv,
         tile_size(d),
@@ -345,10 +357,10 @@ def prefill(
         past,
         softcap > 0,
         sink_logits is not None,
+        lse is not None,
         num_warps=warps,
         num_stages=stages,
     )
-    return output
 
 
 @prefill.register_fake
@@ -360,7 +372,7 @@ def _(query, key, value, *others):  # type: ignore[no-untyped-def]
 def _shape(head_dim: int, dtype: torch.dtype, new: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and stages: the fastest of those tried on an H100 in bfloat16, head_dim 128."""
     if dtype == torch.float32:
-        return 64, 32, 4, 2
+        return (64, 32, 4, 2) if head_dim <= 128 else (32, 32, 4, 1)
     if head_dim > 128:
         return 64, 64, 4, 2
     return (128, 128, 8, 3) if new >= 16384 else (64, 64, 4, 3)

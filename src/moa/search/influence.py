@@ -12,16 +12,19 @@ attention A and the softmax gradient dS_ij = A_ij (dA_ij - R_i) are [heads, S, k
 - Sums over blocks, accumulated from the near and from the far end, give all windows at once.
 
 Memory is O(strip x N) per head; time is that of a usual attention backward plus two reads of [heads, S, keys].
-`moa.search.influence_reference` is the definition.
+`moa.search.influence_reference` is the definition; on an NVIDIA GPU `moa.search.triton_influence` does the same in
+tiles.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from moa.attention import backends, sdpa
 from moa.attention.options import AttentionOptions, effective_span
 from moa.plan import BLOCK, SINK
 
@@ -46,13 +49,16 @@ class InfluenceCollector:
     ----------
     estimator : Estimator
     strip : int
-        Query rows worked on at a time.
+        Query rows worked on at a time, where the Triton kernels do not run.
+    backend : str, optional
+        As in `moa.attention.backends.pick`.
     tables : dict of int to float64 [query_heads, W]
         Loss table per layer, on the device of the model.
     """
 
     estimator: Estimator
     strip: int = 128
+    backend: str | None = None
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def add(self, layer: int, table: torch.Tensor) -> None:
@@ -100,19 +106,55 @@ class _InfluenceAttention(torch.autograd.Function):
         collector: InfluenceCollector,
         layer: int,
     ) -> torch.Tensor:
-        out = _Strips(query, key, value, options, collector.strip).forward()
-        ctx.save_for_backward(query, key, value, out)  # out unrounded: R_i from a half-precision out is too coarse
         ctx.options, ctx.collector, ctx.layer = options, collector, layer
+        lse = None
+        if not _kernels_take(query, collector.backend):
+            out = _Strips(query, key, value, options, collector.strip).forward()
+        else:
+            out, lse = _kernels().influence_forward(*_contiguous_rows(query, key, value), *_arguments(options))
+        ctx.save_for_backward(query, key, value, out, lse)  # out unrounded: R_i from half precision is too coarse
         return out.to(query.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
-        strips = _Strips(query, key, value, ctx.options, ctx.collector.strip)
-        d_query, d_key, d_value, table = strips.backward(out, d_out, ctx.collector.estimator)
+        query, key, value, out, lse = ctx.saved_tensors
+        options, estimator = ctx.options, ctx.collector.estimator
+        if lse is None:
+            strips = _Strips(query, key, value, options, ctx.collector.strip)
+            d_query, d_key, d_value, table = strips.backward(out, d_out, estimator)
+        else:
+            d_query, d_key, d_value, table = _kernels().influence_backward(
+                *_contiguous_rows(query, key, value),
+                out,
+                lse,
+                *_contiguous_rows(d_out.to(query.dtype)),
+                estimator is Estimator.JOINT,
+                window_count(query.shape[1]),
+                *_arguments(options),
+            )
         ctx.collector.add(ctx.layer, table)
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+
+
+def _kernels_take(query: torch.Tensor, backend: str | None) -> bool:
+    if backends.pick(query.device, query.dtype, query.shape[-1], backend) is sdpa:
+        return False
+    return query.dtype != torch.float32 or query.shape[-1] <= 128  # wider tiles of float32 do not fit on the chip
+
+
+def _kernels() -> ModuleType:
+    from moa.search import triton_influence  # where Triton is not installed, nobody asks for it
+
+    return triton_influence
+
+
+def _contiguous_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+
+
+def _arguments(options: AttentionOptions) -> tuple[float, float, int | None, torch.Tensor | None]:
+    return options.scaling, options.softcap or 0.0, options.sliding_window, options.sink_logits
 
 
 class _Strip(NamedTuple):

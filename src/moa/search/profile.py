@@ -43,11 +43,14 @@ class ProfileConfig:
         JOINT measures the negative log-odds of the answer's tokens, which do not saturate where the model is sure;
         PAPER measures their cross-entropy.
     strip : int
-        Query rows worked on at a time: memory grows with it.
+        Query rows worked on at a time, where the Triton kernels do not run: memory grows with it.
+    backend : str, optional
+        As in `moa.attention.backends.pick`.
     """
 
     estimator: Estimator = Estimator.JOINT
     strip: int = 128
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def profile(
     if not work:
         raise InputError("the calibration set is empty; nothing can be profiled")
     tables: dict[tuple[int, str], list[np.ndarray]] = {}
-    with _ready(loaded.model):
+    with differentiable(loaded.model), _influence_attention_in(loaded.model):
         for key, item in progress.track(work, "profile"):
             file = partial / _file_name(loaded, key, item, config.estimator) if partial else None
             if file is not None and file.exists():
@@ -195,7 +198,8 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
             "answer of at least one token each"
         )
     ids = torch.as_tensor(item.input_ids, dtype=torch.int64, device=model.device)
-    with _collecting(identity, InfluenceCollector(config.estimator, config.strip)) as collector, torch.enable_grad():
+    empty = InfluenceCollector(config.estimator, config.strip, config.backend)
+    with _collecting(identity, empty) as collector, torch.enable_grad():
         # one position more than the answer has tokens: the last one predicts what follows
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=answer_length + 1).logits
         answer_loss(logits[0, -answer_length - 1 : -1], ids[-answer_length:], config.estimator).backward()
@@ -224,8 +228,8 @@ def _file_name(loaded: LoadedModel, key: tuple[int, str], item: CalibrationItem,
 
 
 @contextmanager
-def _ready(model: PreTrainedModel) -> Iterator[None]:
-    """Frozen and in eval mode, influence attention, gradient from the embeddings on, layers recomputed; all undone."""
+def differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Frozen and in eval mode, gradient from the embeddings on, layers recomputed in the backward pass; all undone."""
     with ExitStack() as undo:
         for module in model.modules():
             recomputed = isinstance(module, GradientCheckpointingLayer)
@@ -234,7 +238,6 @@ def _ready(model: PreTrainedModel) -> Iterator[None]:
             if parameter.requires_grad:
                 undo.callback(parameter.requires_grad_)
                 parameter.requires_grad_(False)
-        undo.enter_context(_influence_attention_in(model))
         embeddings = model.get_input_embeddings()
         undo.callback(embeddings.register_forward_hook(lambda module, inputs, out: out.requires_grad_()).remove)
         yield
@@ -332,7 +335,7 @@ def _attention(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls; tensors [1, heads, N, head_dim]. Dropout is off (`_ready`)."""
+    """The attention function that transformers calls; tensors [1, heads, N, head_dim], without dropout."""
     if _running is None:
         raise UnsupportedModelError(f"attention {NAME!r} is for profiling only; choose another attn_implementation")
     identity, collector = _running

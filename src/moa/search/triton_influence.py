@@ -1,0 +1,783 @@
+"""Influence on an NVIDIA GPU: attention, its gradients and the loss table in memory linear in the length.
+
+Three kernels follow the forward pass, which is that of a prompt and also leaves the log-sum-exp of each row:
+
+- columns: a program holds a tile of keys, walks over the rows that see it, and adds up the gradients of key and value;
+- rows: a program holds a tile of rows, walks over their keys, and adds up the gradient of the query. On its way it
+  leaves, for every row and every block of distance, the sum of A and of dS (or of |E|). A tile of 64 keys covers
+  parts of two blocks of distance: for row r of its block and column c, c <= r is the nearer one;
+- table: reads those sums once from the near end and once from the far end, so that every window of every row is
+  valued from the side that has less mass (see `moa.search.influence`), and adds up the rows.
+
+The sums of the middle step are as large as [heads, N / 64, rows]; rows are worked on in chunks, so that this too stays
+linear. There are no atomic additions: repeated runs are bit-identical.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from moa.attention.triton_decode import LOG2_E, softcapped
+from moa.attention.triton_prefill import launch as launch_forward
+from moa.attention.triton_store import tile_size
+from moa.plan import BLOCK
+
+_ROWS_AT_ONCE = 4096
+_LARGE = tl.constexpr(0.75)  # only one key of a row can have more attention than this
+_TINY = tl.constexpr(1e-37)
+
+
+@triton.jit
+def _scores(products, scale_log2, softcap, SOFTCAP: tl.constexpr):
+    """Logits in units of log2, and the slope of the soft cap there."""
+    s = products * scale_log2
+    slope = s
+    if SOFTCAP:
+        s = softcapped(s, softcap)
+        tanh = s / (softcap * LOG2_E)
+        slope = 1 - tanh * tanh
+    return s, slope
+
+
+@triton.jit
+def _row_tile(
+    q,
+    d_o,
+    lse,
+    row_mean,
+    d_query,
+    k_at,
+    v_at,
+    k_mask,
+    seen,
+    scale_log2,
+    softcap,
+    LOADS: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Attention A and dS of a tile, and the query's gradient after it."""
+    if LOADS:
+        k = tl.load(k_at, mask=k_mask, other=0.0)
+        v = tl.load(v_at, mask=k_mask, other=0.0)
+    else:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
+    s, slope = _scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, softcap, SOFTCAP)
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    flow = p * (tl.dot(d_o, tl.trans(v), input_precision="ieee") - row_mean[:, None])
+    d_logits = flow
+    if SOFTCAP:
+        d_logits = flow * slope
+    d_query = tl.dot(d_logits.to(k.dtype), k, d_query, input_precision="ieee")
+    return p, flow, d_query
+
+
+@triton.jit
+def _binned(
+    p,
+    flow,
+    b,
+    m,
+    row_block,
+    inside,
+    carry,
+    carry_flow,
+    other,
+    other_flow,
+    largest,
+    sums_at,
+    plane,
+    bin_stride,
+    length,
+    JOINT: tl.constexpr,
+):
+    """Add a tile to the blocks of distance it touches: the nearer one is complete and stored, the farther one carried.
+
+    Tiles come far to near, so what the last one carried and this one's nearer part are of one block.
+    """
+    distance = row_block - b
+    at = sums_at + distance.to(tl.int64) * bin_stride
+    stored = (distance >= 0) & (m < length)
+    if JOINT:
+        tl.store(at, carry + tl.sum(tl.where(inside, p, 0.0), 1), mask=stored)
+        tl.store(at + plane, carry_flow + tl.sum(tl.where(inside, flow, 0.0), 1), mask=stored)
+        carry = tl.sum(tl.where(inside, 0.0, p), 1)
+        carry_flow = tl.sum(tl.where(inside, 0.0, flow), 1)
+    else:
+        large = p > _LARGE
+        effect = tl.where(large, 0.0, tl.abs(flow) / (1 - p))
+        tl.store(at, carry + tl.sum(tl.where(inside, effect, 0.0), 1), mask=stored)
+        carry = tl.sum(tl.where(inside, 0.0, effect), 1)
+        other += tl.sum(tl.where(large, 0.0, p), 1)
+        other_flow += tl.sum(tl.where(large, 0.0, flow), 1)
+        own = tl.where(inside, distance[:, None], distance[:, None] - 1)
+        largest = tl.maximum(largest, tl.max(tl.where(large, own, -1), 1))
+    return carry, carry_flow, other, other_flow, largest
+
+
+@triton.jit
+def _row_kernel(
+    query,
+    key,
+    value,
+    d_out,
+    lse,
+    row_mean,
+    sink_logits,
+    d_query,
+    sums,
+    rest,
+    scaling,
+    scale_log2,
+    softcap,
+    length,
+    window,
+    first_row,
+    chunk,
+    bins,
+    plane,
+    rest_plane,
+    heads,
+    q_head,
+    q_token,
+    k_head,
+    k_token,
+    v_head,
+    v_token,
+    o_head,
+    o_token,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    JOINT: tl.constexpr,
+    SINK: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LEARNED: tl.constexpr,
+):
+    first = first_row + (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    head = tl.program_id(1)
+    m = first + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK)
+    d = tl.arange(0, D_TILE)
+    live = m < length
+    EVEN: tl.constexpr = D == D_TILE
+    row_mask = live[:, None] & (d < D)[None, :]
+    k_mask = (d < D)[None, :] & (n >= 0)[:, None]
+    q_at = query + head.to(tl.int64) * q_head + m[:, None].to(tl.int64) * q_token + d[None, :]
+    o_at = d_out + head.to(tl.int64) * o_head + m[:, None].to(tl.int64) * o_token + d[None, :]
+    q = tl.load(q_at, mask=row_mask, other=0.0)
+    d_o = tl.load(o_at, mask=row_mask, other=0.0)
+    row_at = head.to(tl.int64) * length + m
+    row_lse = tl.load(lse + row_at, mask=live, other=float("inf"))
+    mean = tl.load(row_mean + row_at, mask=live, other=0.0)
+    k_tile = key + (head // GROUP).to(tl.int64) * k_head + n[:, None].to(tl.int64) * k_token + d[None, :]
+    v_tile = value + (head // GROUP).to(tl.int64) * v_head + n[:, None].to(tl.int64) * v_token + d[None, :]
+
+    row_block = m // BLOCK
+    inside = n[None, :] <= (m % BLOCK)[:, None]
+    sums_at = sums + head.to(tl.int64) * bins * chunk + (m - first_row)
+    d_q = tl.zeros([BLOCK_M, D_TILE], tl.float32)
+    carry = tl.zeros([BLOCK_M], tl.float32)
+    carry_flow = tl.zeros([BLOCK_M], tl.float32)
+    other = tl.zeros([BLOCK_M], tl.float32)  # JOINT: what every window keeps; else: all keys but the largest
+    other_flow = tl.zeros([BLOCK_M], tl.float32)
+    largest = tl.full([BLOCK_M], -1, tl.int32)
+    if LEARNED:
+        learned = tl.load(sink_logits + head).to(tl.float32) * LOG2_E
+        other = tl.where(live, tl.exp2(learned - row_lse), 0.0)
+        other_flow = -other * mean  # a learned sink has no value, so its dA is 0
+
+    begin = 0
+    if SINK:
+        p, flow, d_q = _row_tile(
+            q,
+            d_o,
+            row_lse,
+            mean,
+            d_q,
+            k_tile,
+            v_tile,
+            k_mask & (n < length)[:, None],
+            n[None, :] <= m[:, None],
+            scale_log2,
+            softcap,
+            True,
+            True,
+            SOFTCAP,
+        )
+        if not JOINT:
+            large = p > _LARGE
+            p = tl.where(large, 0.0, p)
+            flow = tl.where(large, 0.0, flow)
+        other += tl.sum(p, 1)
+        other_flow += tl.sum(flow, 1)
+        begin = 1
+    diagonal = first // BLOCK
+    end = tl.cdiv(tl.minimum(first + BLOCK_M, length), BLOCK)
+    if WINDOWED:
+        begin = tl.maximum(first - window + 1, 0) // BLOCK
+        edge = tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK)  # from here on every row's window is open
+        edge = tl.maximum(tl.minimum(edge, diagonal), begin)
+        for b in range(begin, edge):
+            j = b * BLOCK + n
+            p, flow, d_q = _row_tile(
+                q,
+                d_o,
+                row_lse,
+                mean,
+                d_q,
+                k_tile + tl.cast(b * BLOCK, tl.int64) * k_token,
+                v_tile + tl.cast(b * BLOCK, tl.int64) * v_token,
+                k_mask,
+                m[:, None] - j[None, :] < window,
+                scale_log2,
+                softcap,
+                not EVEN,
+                True,
+                SOFTCAP,
+            )
+            carry, carry_flow, other, other_flow, largest = _binned(
+                p,
+                flow,
+                b,
+                m,
+                row_block,
+                inside,
+                carry,
+                carry_flow,
+                other,
+                other_flow,
+                largest,
+                sums_at,
+                plane,
+                chunk,
+                length,
+                JOINT,
+            )
+        begin = edge
+    for b in range(begin, diagonal):
+        p, flow, d_q = _row_tile(
+            q,
+            d_o,
+            row_lse,
+            mean,
+            d_q,
+            k_tile + tl.cast(b * BLOCK, tl.int64) * k_token,
+            v_tile + tl.cast(b * BLOCK, tl.int64) * v_token,
+            k_mask,
+            True,
+            scale_log2,
+            softcap,
+            not EVEN,
+            False,
+            SOFTCAP,
+        )
+        carry, carry_flow, other, other_flow, largest = _binned(
+            p,
+            flow,
+            b,
+            m,
+            row_block,
+            inside,
+            carry,
+            carry_flow,
+            other,
+            other_flow,
+            largest,
+            sums_at,
+            plane,
+            chunk,
+            length,
+            JOINT,
+        )
+    for b in range(tl.maximum(diagonal, begin), end):
+        j = b * BLOCK + n
+        seen = (j[None, :] <= m[:, None]) & (m[:, None] - j[None, :] < window)
+        p, flow, d_q = _row_tile(
+            q,
+            d_o,
+            row_lse,
+            mean,
+            d_q,
+            k_tile + tl.cast(b * BLOCK, tl.int64) * k_token,
+            v_tile + tl.cast(b * BLOCK, tl.int64) * v_token,
+            k_mask & (j < length)[:, None],
+            seen,
+            scale_log2,
+            softcap,
+            True,
+            True,
+            SOFTCAP,
+        )
+        carry, carry_flow, other, other_flow, largest = _binned(
+            p,
+            flow,
+            b,
+            m,
+            row_block,
+            inside,
+            carry,
+            carry_flow,
+            other,
+            other_flow,
+            largest,
+            sums_at,
+            plane,
+            chunk,
+            length,
+            JOINT,
+        )
+
+    tl.store(
+        d_query + (m[:, None].to(tl.int64) * heads + head) * D + d[None, :],
+        (d_q * scaling).to(d_query.dtype.element_ty),
+        mask=row_mask,
+    )
+    rest_at = rest + head.to(tl.int64) * chunk + (m - first_row)
+    if JOINT:
+        tl.store(rest_at, other, mask=live)
+        tl.store(rest_at + rest_plane, other_flow, mask=live)
+    else:
+        tl.store(rest_at, tl.abs(other_flow) / tl.maximum(other, _TINY), mask=live)
+        tl.store(rest_at + rest_plane, largest.to(tl.float32), mask=live)
+
+
+@triton.jit
+def _table_kernel(
+    sums,
+    rest,
+    partial,
+    length,
+    window,
+    first_row,
+    chunk,
+    bins,
+    plane,
+    rest_plane,
+    partial_plane,
+    windows,
+    BLOCK: tl.constexpr,
+    JOINT: tl.constexpr,
+    SINK: tl.constexpr,
+):
+    """Losses of every window, summed over one block of rows. JOINT leaves two planes: windows valued by what they keep
+    and by what they mask.
+    """
+    block = first_row // BLOCK + tl.program_id(0)
+    head = tl.program_id(1)
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = first_row + r < length
+    MISSING: tl.constexpr = 0 if SINK else 1  # blocks of distance that such a layer's window has on top
+    lowest = 1 if SINK else tl.maximum(block * BLOCK - window + 1, 0) // BLOCK
+    last = block - lowest  # the last block of distance that can be masked
+    at = sums + head.to(tl.int64) * bins * chunk + r
+    rest_at = rest + head.to(tl.int64) * chunk + r
+    out = partial + (head.to(tl.int64) * bins + block) * windows
+    first = tl.load(rest_at, mask=live, other=0.0)
+    second = tl.load(rest_at + rest_plane, mask=live, other=0.0)
+    if JOINT:
+        kept = first
+        kept_flow = second
+        crossed = tl.zeros([BLOCK], tl.int32)  # blocks that a row adds before it keeps half of its mass
+        for k in range(last):
+            kept += tl.load(at + tl.cast(k, tl.int64) * chunk, mask=live, other=0.0)
+            kept_flow += tl.load(at + plane + tl.cast(k, tl.int64) * chunk, mask=live, other=0.0)
+            less = kept < 0.5
+            crossed += less.to(tl.int32)
+            effect = tl.where(less, kept_flow / tl.maximum(kept, _TINY), 0.0)
+            if k >= MISSING:
+                tl.store(out + k - MISSING, tl.sum(effect * effect, 0))
+        out += partial_plane
+        masked = tl.zeros([BLOCK], tl.float32)
+        masked_flow = tl.zeros([BLOCK], tl.float32)
+        for step in range(last - MISSING):
+            k = last - step
+            masked += tl.load(at + tl.cast(k, tl.int64) * chunk, mask=live, other=0.0)
+            masked_flow += tl.load(at + plane + tl.cast(k, tl.int64) * chunk, mask=live, other=0.0)
+            effect = tl.where(crossed < k, masked_flow / (1 - masked), 0.0)
+            tl.store(out + k - 1 - MISSING, tl.sum(effect * effect, 0))
+    else:
+        running = tl.zeros([BLOCK], tl.float32)
+        for step in range(last - MISSING):
+            k = last - step
+            running += tl.load(at + tl.cast(k, tl.int64) * chunk, mask=live, other=0.0)
+            running += tl.where(second == k, first, 0.0)
+            tl.store(out + k - 1 - MISSING, tl.sum(running, 0))
+
+
+@triton.jit
+def _column_tile(
+    k,
+    v,
+    d_k,
+    d_v,
+    m,
+    n,
+    head,
+    q_at,
+    o_at,
+    lse,
+    row_mean,
+    d,
+    scale_log2,
+    softcap,
+    length,
+    window,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Add what a tile of rows gives to the gradients of keys and values."""
+    live = m < length
+    row_mask = live[:, None] & (d < D)[None, :]
+    q = tl.load(q_at, mask=row_mask, other=0.0)
+    d_o = tl.load(o_at, mask=row_mask, other=0.0)
+    row_at = head.to(tl.int64) * length + m
+    row_lse = tl.load(lse + row_at, mask=live, other=float("inf"))
+    mean = tl.load(row_mean + row_at, mask=live, other=0.0)
+    s, slope = _scores(tl.dot(k, tl.trans(q), input_precision="ieee"), scale_log2, softcap, SOFTCAP)
+    p = tl.exp2(s - row_lse[None, :])
+    if MASKED:
+        p = tl.where((n[:, None] <= m[None, :]) & (m[None, :] - n[:, None] < window), p, 0.0)
+    d_v = tl.dot(p.to(d_o.dtype), d_o, d_v, input_precision="ieee")
+    d_logits = p * (tl.dot(v, tl.trans(d_o), input_precision="ieee") - mean[None, :])
+    if SOFTCAP:
+        d_logits = d_logits * slope
+    d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@triton.jit
+def _column_kernel(
+    query,
+    key,
+    value,
+    d_out,
+    lse,
+    row_mean,
+    d_key,
+    d_value,
+    scaling,
+    scale_log2,
+    softcap,
+    length,
+    window,
+    kv_heads,
+    q_head,
+    q_token,
+    k_head,
+    k_token,
+    v_head,
+    v_token,
+    o_head,
+    o_token,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N  # early keys are seen by the most rows and start first
+    kv_head = tl.program_id(1)
+    n = first + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D_TILE)
+    key_mask = (n < length)[:, None] & (d < D)[None, :]
+    k = tl.load(
+        key + kv_head.to(tl.int64) * k_head + n[:, None].to(tl.int64) * k_token + d[None, :], mask=key_mask, other=0.0
+    )
+    v = tl.load(
+        value + kv_head.to(tl.int64) * v_head + n[:, None].to(tl.int64) * v_token + d[None, :], mask=key_mask, other=0.0
+    )
+    d_k = tl.zeros([BLOCK_N, D_TILE], tl.float32)
+    d_v = tl.zeros([BLOCK_N, D_TILE], tl.float32)
+    begin = first // BLOCK_M * BLOCK_M
+    open_from = tl.cdiv(first + BLOCK_N - 1, BLOCK_M) * BLOCK_M  # from here on every row sees every key
+    end = length
+    open_to = length
+    if WINDOWED:
+        end = tl.minimum(length, first + BLOCK_N - 1 + window)
+        open_to = tl.maximum(tl.minimum((first + window) // BLOCK_M * BLOCK_M, end), open_from)
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
+        q_tile = query + head.to(tl.int64) * q_head + m[:, None].to(tl.int64) * q_token + d[None, :]
+        o_tile = d_out + head.to(tl.int64) * o_head + m[:, None].to(tl.int64) * o_token + d[None, :]
+        for at in range(begin, tl.minimum(open_from, end), BLOCK_M):
+            d_k, d_v = _column_tile(
+                k,
+                v,
+                d_k,
+                d_v,
+                at + m,
+                n,
+                head,
+                q_tile + tl.cast(at, tl.int64) * q_token,
+                o_tile + tl.cast(at, tl.int64) * o_token,
+                lse,
+                row_mean,
+                d,
+                scale_log2,
+                softcap,
+                length,
+                window,
+                D,
+                True,
+                SOFTCAP,
+            )
+        for at in range(open_from, open_to, BLOCK_M):
+            d_k, d_v = _column_tile(
+                k,
+                v,
+                d_k,
+                d_v,
+                at + m,
+                n,
+                head,
+                q_tile + tl.cast(at, tl.int64) * q_token,
+                o_tile + tl.cast(at, tl.int64) * o_token,
+                lse,
+                row_mean,
+                d,
+                scale_log2,
+                softcap,
+                length,
+                window,
+                D,
+                False,
+                SOFTCAP,
+            )
+        if WINDOWED:
+            for at in range(open_to, end, BLOCK_M):
+                d_k, d_v = _column_tile(
+                    k,
+                    v,
+                    d_k,
+                    d_v,
+                    at + m,
+                    n,
+                    head,
+                    q_tile + tl.cast(at, tl.int64) * q_token,
+                    o_tile + tl.cast(at, tl.int64) * o_token,
+                    lse,
+                    row_mean,
+                    d,
+                    scale_log2,
+                    softcap,
+                    length,
+                    window,
+                    D,
+                    True,
+                    SOFTCAP,
+                )
+    at = (n[:, None].to(tl.int64) * kv_heads + kv_head) * D + d[None, :]
+    tl.store(d_key + at, (d_k * scaling).to(d_key.dtype.element_ty), mask=key_mask)
+    tl.store(d_value + at, d_v.to(d_value.dtype.element_ty), mask=key_mask)
+
+
+@torch.library.custom_op("moa::influence_forward", mutates_args=())
+def influence_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float,
+    window: int | None,
+    sink_logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of one sequence, unrounded.
+
+    Parameters
+    ----------
+    query : [query_heads, N, head_dim]
+    key, value : [kv_heads, N, head_dim]
+        Last dimensions contiguous.
+    scaling : float
+    softcap : float
+        0 for none.
+    window : int, optional
+        The layer's own sliding window, or None; such a layer keeps no sink.
+    sink_logits : [query_heads], optional
+
+    Returns
+    -------
+    out : float32 [query_heads, N, head_dim], as a view of [N, query_heads, head_dim]
+    lse : float32 [query_heads, N]
+        Log-sum-exp of each row in units of log2, learned sink included.
+    """
+    heads, length, _ = query.shape
+    spans = torch.full((key.shape[0],), min(window or length, length), dtype=torch.int32, device=query.device)
+    nothing = torch.zeros_like(spans)
+    out = torch.empty(1, length, heads, value.shape[-1], dtype=torch.float32, device=query.device).transpose(1, 2)
+    lse = torch.empty(heads, length, dtype=torch.float32, device=query.device)
+    q, k, v = query[None], key[None], value[None]
+    launch_forward(
+        q, k, v, k, v, nothing, spans, nothing, nothing[:1], 0, False, scaling, softcap, sink_logits, out, lse
+    )
+    return out[0], lse
+
+
+@influence_forward.register_fake
+def _(query, key, value, *others):  # type: ignore[no-untyped-def]
+    heads, length, dim = query.shape
+    out = query.new_empty(length, heads, dim, dtype=torch.float32).transpose(0, 1)
+    return out, query.new_empty(heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("moa::influence_backward", mutates_args=())
+def influence_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    joint: bool,
+    windows: int,
+    scaling: float,
+    softcap: float,
+    window: int | None,
+    sink_logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, and the loss table.
+
+    Parameters
+    ----------
+    query, key, value, scaling, softcap, window, sink_logits
+        As in `influence_forward`.
+    out, lse
+        What it returned.
+    d_out : [query_heads, N, head_dim]
+        Last dimension contiguous.
+    joint : bool
+        Which estimator: joint or the paper's.
+    windows : int
+        Entries of the table, W.
+
+    Returns
+    -------
+    d_query, d_key, d_value
+        Shapes and dtypes of query, key and value.
+    table : float64 [query_heads, W]
+    """
+    heads, length, d = query.shape
+    kv_heads = key.shape[0]
+    row_mean = (d_out.float() * out).sum(-1)  # R_i
+    window_size = min(window or length, length)
+    windowed = window_size < length
+    blocks = triton.cdiv(length, BLOCK)
+    options = scaling, scaling * LOG2_E.value, softcap, length, window_size
+    strides = tuple(stride for tensor in (query, key, value, d_out) for stride in tensor.stride()[:2])
+    group = heads // kv_heads
+    rows_shape, columns_shape = _shapes(d, query.dtype)
+
+    d_key, d_value = (
+        torch.empty_like(tensor.transpose(0, 1), memory_format=torch.contiguous_format) for tensor in (key, value)
+    )
+    block_m, block_n, warps, stages = columns_shape
+    _column_kernel[(triton.cdiv(length, block_n), kv_heads)](
+        query,
+        key,
+        value,
+        d_out,
+        lse,
+        row_mean,
+        d_key,
+        d_value,
+        *options,
+        kv_heads,
+        *strides,
+        group,
+        d,
+        tile_size(d),
+        block_m,
+        block_n,
+        windowed,
+        softcap > 0,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+    d_query = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
+    chunk = min(_ROWS_AT_ONCE, blocks * BLOCK)
+    sums = row_mean.new_empty(2 if joint else 1, heads, blocks, chunk)
+    rest = row_mean.new_empty(2, heads, chunk)
+    partial = row_mean.new_zeros(2 if joint else 1, heads, blocks, windows)
+    planes = heads * blocks * chunk, heads * chunk
+    block_m, warps, stages = rows_shape
+    for first_row in range(0, length, chunk):
+        rows = min(chunk, length - first_row)
+        _row_kernel[(triton.cdiv(rows, block_m), heads)](
+            query,
+            key,
+            value,
+            d_out,
+            lse,
+            row_mean,
+            row_mean if sink_logits is None else sink_logits,
+            d_query,
+            sums,
+            rest,
+            *options,
+            first_row,
+            chunk,
+            blocks,
+            *planes,
+            heads,
+            *strides,
+            group,
+            d,
+            tile_size(d),
+            block_m,
+            BLOCK,
+            joint,
+            window is None,
+            windowed,
+            softcap > 0,
+            sink_logits is not None,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        _table_kernel[(triton.cdiv(rows, BLOCK), heads)](
+            sums,
+            rest,
+            partial,
+            length,
+            window_size,
+            first_row,
+            chunk,
+            blocks,
+            *planes,
+            heads * blocks * windows,
+            windows,
+            BLOCK,
+            joint,
+            window is None,
+            num_warps=2,
+        )
+    table = partial.sum((0, 2), dtype=torch.float64)
+    return d_query.transpose(0, 1), d_key.transpose(0, 1), d_value.transpose(0, 1), table
+
+
+@influence_backward.register_fake
+def _(query, key, value, out, lse, d_out, joint, windows, *others):  # type: ignore[no-untyped-def]
+    gradients = (tensor.new_empty(*tensor.transpose(0, 1).shape).transpose(0, 1) for tensor in (query, key, value))
+    return *gradients, query.new_empty(query.shape[0], windows, dtype=torch.float64)
+
+
+def _shapes(head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
+    """Tiles of the row kernel (rows, warps, stages) and of the column kernel (rows, keys, warps, stages): the fastest
+    of those tried on an H100 in bfloat16, head_dim 128.
+    """
+    if dtype == torch.float32:
+        return (64, 4, 1), (32, 64, 4, 1)
+    if head_dim > 128:
+        return (64, 8, 1), (32, 64, 8, 1)
+    return (64, 4, 2), (64, 64, 4, 2)
