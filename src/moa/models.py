@@ -92,11 +92,16 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", progress: P
         tokenizer = AutoTokenizer.from_pretrained(location)
         model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=weights_dtype)
         model.to(target)
+    shipped = model.generation_config
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # The model's word first: transformers 5.17 takes a wrong end token from some GGUF files.
+        tokenizer.pad_token_id = next(
+            token
+            for token in (shipped.pad_token_id, _first(shipped.eos_token_id), tokenizer.eos_token_id, 0)
+            if token is not None
+        )
     tokenizer.padding_side = "left"
     # Many checkpoints ship sampling settings, which warn in greedy runs, or a repetition penalty, which bends them.
-    shipped = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=shipped.bos_token_id,
         eos_token_id=shipped.eos_token_id,
@@ -247,7 +252,9 @@ def _converted(gguf: Path, progress: Progress) -> Path:
                 dtype=torch.bfloat16,
             )
             model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer.clean_up_tokenization_spaces = False  # what is decoded stays what the model wrote
+            tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
         try:
             temporary.rename(target)
@@ -290,6 +297,10 @@ def _loading(name: str, location: str) -> Iterator[None]:
         hub_logging.set_verbosity(hub_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _first(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token
 
 
 def _first_line(error: Exception) -> str:

@@ -85,7 +85,10 @@ def attend(
     else:
         first_columns = new - valid.sum(axis=1)
         if not (valid == (np.arange(new) >= first_columns[:, None])).all():
-            raise CacheError("new tokens have padding after real tokens; pad on the left")
+            raise CacheError(
+                "new tokens have padding after real tokens; pad on the left, and give generate() an attention_mask: "
+                "without one it takes every padding token for padding"
+            )
         first = torch.from_numpy(first_columns.astype(np.int32)).to(query.device)
     past = bool(store.written.any())
     store.written += np.repeat(new - first_columns, store.heads)
