@@ -88,9 +88,9 @@ def test_prefill_equals_the_definition(rows, heads, group, tokens, dim, sink, dr
     assert_near(got, exact(q, k, v, spans, sink, options), dtype)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256] if GPU else [64, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=12 if GPU else 4, deadline=None)
+@settings(max_examples=6 if GPU else 4, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     single=st.integers(0, 4),

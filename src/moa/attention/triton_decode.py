@@ -281,7 +281,7 @@ def decode(
         BLOCK,
         softcap > 0,
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if tile_size(max(d, dv)) * keys.element_size() <= 512 else 1,  # what fits on the chip
     )
     output = torch.empty(rows, heads, dv, dtype=values.dtype, device=query.device)
     _combine_kernel[(pairs, group)](

@@ -273,14 +273,21 @@ def _milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
         for _ in range(3):
             run()
     torch.cuda.synchronize()
-    once = _timed(run)
-    calls = max(1, min(50, round(1 / max(once, 1e-3))))
+    few = 4
+    replay = _captured(run, few)
+    calls = max(1, min(100, round(few / _timed(replay))))
+    replay = _captured(run, calls)
+    return statistics.median(_timed(replay) for _ in range(repeats)) / calls
+
+
+def _captured(run: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """So many calls as one graph, replayed once."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             run()
     graph.replay()
-    return statistics.median(_timed(graph.replay) for _ in range(repeats)) / calls
+    return graph.replay
 
 
 def _timed(run: Callable[[], Any]) -> float:

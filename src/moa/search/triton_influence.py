@@ -777,7 +777,7 @@ def _shapes(head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, int, int], tu
     of those tried on an H100 in bfloat16, head_dim 128.
     """
     if dtype == torch.float32:
-        return (32, 8, 1), (32, 32, 8, 1)  # small: Triton unrolls such products, and compiles for minutes
+        return (32, 8, 1), (32, 32, 8, 1)  # small: Triton unrolls such products, and compiles for long
     if head_dim > 128:
         return (64, 8, 1), (32, 64, 8, 1)
     return (64, 4, 2), (64, 64, 4, 2)
