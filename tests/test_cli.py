@@ -78,6 +78,15 @@ def test_env_names_the_versions(capsys):
 
 
 @pytest.mark.slow
+def test_the_backend_is_an_option_of_every_command(capsys, monkeypatch):
+    monkeypatch.setenv("MOA_BACKEND", "")  # put back after the test
+    assert run("--backend", "triton", "env") == 0
+    assert "moa.attention.kernels" in capsys.readouterr().out
+    assert run("--backend", "sdpa", "env") == 0
+    assert "moa.attention.sdpa" in capsys.readouterr().out
+    assert "magic" in complaint(capsys, "--backend", "magic", "env")
+
+
 def test_stages_one_by_one_give_the_plan_of_the_search(tmp_path, capsys):
     common = ("--run-dir", tmp_path / "run", "--quiet")
     data = ("--lengths", 320, "--items", 1, "--validation-items", 1, "--validation-length", 384)

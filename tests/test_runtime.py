@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStr
 
 import moa
 from masked_model import eager_logits, masked_logits
-from moa.errors import CacheError, PlanError, UnsupportedModelError
+from moa.attention import backends
+from moa.errors import CacheError, InputError, PlanError, UnsupportedModelError
 from tiny_models import COMMON, EXTRA, random_ids, random_plan, tiny_model
 
 NEW = 12
@@ -41,6 +42,24 @@ def test_generation_equals_the_masked_model(model_type, full):
         torch.testing.assert_close(expected, dense, atol=2e-4, rtol=1e-3)
     else:
         assert (expected - dense).abs().max() > 1e-2, "these spans must make a difference"
+
+
+def test_the_backend_can_be_named(monkeypatch):
+    """The Triton kernels (here in their interpreter) and PyTorch's operators write the same tokens."""
+    pytest.importorskip("triton")
+    model, ids, used = tiny_model(), random_ids(1, 80), []
+    plan, pick = random_plan(model), backends.pick
+    monkeypatch.setattr(backends, "pick", lambda *given: used.append(given[-1]) or pick(*given))
+    tokens = []
+    for name in ("sdpa", "triton"):
+        with moa.apply(model, plan, backend=name):
+            tokens.append(generate(model, ids, max_new_tokens=3).tolist())
+            model(ids, use_cache=False)
+        assert set(used) == {name}
+        used.clear()
+    assert tokens[0] == tokens[1]
+    with pytest.raises(InputError, match="magic"):
+        moa.apply(model, plan, backend="magic")
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from moa.attention.options import AttentionOptions
 from moa.cache import SpanCache
 from moa.errors import CacheError, UnsupportedModelError
 from moa.plan import ModelIdentity, Plan
+from moa.support import check_plannable, text_part
 
 NAME = "moa_span"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class AppliedPlan:
         object.__delattr__(self.model, "_prepare_cache_for_generation")
 
     def _put_in_force(self) -> None:
-        name, text = _text_part(self.model)
+        name, text = text_part(self.model)
         previous = text._attn_implementation
         self.model.set_attn_implementation(NAME if name is None else {name: NAME})
         if text._attn_implementation != NAME:
@@ -134,18 +134,8 @@ def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None) -> App
     UnsupportedModelError
         If the model's attention cannot carry a plan, or a plan is already in force on it.
     """
-    _, text = _text_part(model)
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{model.config.model_type} is an encoder-decoder; plans are for decoders")
-    if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{text.model_type} stores compressed keys (MLA), which have no KV heads to plan; plans need plain KV heads"
-        )
-    foreign = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
-    if foreign:
-        raise UnsupportedModelError(
-            f"{text.model_type} has layers of type {sorted(foreign)}; plans cover {sorted(_LAYER_TYPES)}"
-        )
+    check_plannable(model)
+    _, text = text_part(model)
     if text._attn_implementation == NAME:
         raise UnsupportedModelError("a plan is already in force on this model; remove it first")
     plan.check_fits(ModelIdentity.of(model.config))
@@ -154,13 +144,6 @@ def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None) -> App
     applied = AppliedPlan(model, plan, backend)
     applied._put_in_force()
     return applied
-
-
-def _text_part(model: PreTrainedModel) -> tuple[str | None, Any]:
-    """Config of the decoder, and its name inside a composite config."""
-    text = model.config.get_text_config(decoder=True)
-    name = next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)
-    return name, text
 
 
 def _attention(

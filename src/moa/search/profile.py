@@ -29,6 +29,7 @@ from moa.plan import ModelIdentity
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrationItem, CalibrationSet
 from moa.search.influence import Estimator, InfluenceCollector, influence_attention
+from moa.support import check_plannable, text_part
 
 NAME = "moa_influence"
 
@@ -282,14 +283,9 @@ def _recomputing(layer: torch.nn.Module) -> dict[str, Any]:
 @contextmanager
 def _influence_attention_in(model: PreTrainedModel) -> Iterator[None]:
     """Exchange the model's attention for `_attention`."""
-    text = model.config.get_text_config(decoder=True)
-    part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
+    check_plannable(model)
+    part, text = text_part(model)
     before = text._attn_implementation
-    foreign = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if foreign:
-        raise UnsupportedModelError(
-            f"{text.model_type} has layers of type {sorted(foreign)}, which no plan covers, so it cannot be profiled"
-        )
 
     def switch(implementation: str) -> None:
         model.set_attn_implementation(implementation if part is None else {part: implementation})
