@@ -70,7 +70,7 @@ Estimate = Annotated[EstimatorName, typer.Option("--estimator", help="Joint infl
 Density = Annotated[float, typer.Option(help="Stored KV over all KV, above 0 and at most 1.")]
 Constrained = Annotated[str | None, typer.Option(help="More lengths at which the density must hold (default: twice).")]
 RulesPerLayer = Annotated[int | None, typer.Option(help="At most so many rules in a layer (the paper: 2).")]
-Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled or paper.")]
+Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, proportional, binary.")]
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
@@ -390,40 +390,57 @@ def _note(quiet: bool, text: str) -> None:
 def evaluate(
     model: Model,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
-    against: Annotated[str, typer.Option(help="Baselines: dense, uniform (at each plan's density).")] = "dense,uniform",
+    against: Annotated[
+        str, typer.Option(help="Of dense, uniform, per-layer, per-head, binary-heads (at each plan's density).")
+    ] = "dense,uniform",
     lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "1024",
-    tasks: Annotated[str, typer.Option(help="Of passkey, lines, perplexity; or none.")] = "passkey,lines,perplexity",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Of passkey, needle, multikey, multivalue, tracking, lines, json, perplexity, answer_perplexity, "
+            "answer_kl; or all, or none."
+        ),
+    ] = "passkey,lines,perplexity",
     items: Annotated[int, typer.Option(help="Prompts per retrieval task.")] = 20,
     decode_steps: Annotated[int, typer.Option(help="Tokens in each timed round of decoding; 0 for no timing.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="The finished search that baselines other than uniform are chosen from.")
+    ] = DEFAULT_RUN,
+    mixture: Mixture = DEFAULT_MIXTURE,
     dtype: DType = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure plans against dense attention and uniform windows: answers, bytes and speed in one table."""
-    from moa.evaluation.compare import EvaluateConfig, device_info, table, to_json, to_markdown
+    """Measure plans against dense attention and other plans: answers, bytes and speed in one table."""
+    from moa.evaluation.compare import TASKS, EvaluateConfig, device_info, table, to_json, to_markdown
     from moa.evaluation.compare import evaluate as measure
     from moa.files import check_writable, write_json, write_text
     from moa.plan import Plan
     from moa.progress import Progress
+    from moa.search import baselines
 
     if json:
         check_writable(json)
     wanted = _numbers(lengths, "--lengths") or ()
-    chosen = () if tasks == "none" else tuple(tasks.split(","))
+    chosen = {"none": (), "all": TASKS}.get(tasks, tuple(tasks.split(",")))
     config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
-    baselines = against.split(",")
-    if set(baselines) - {"dense", "uniform"}:
-        raise InputError(f"--against {against!r}: expected dense, uniform or both, with a comma")
+    others = against.split(",")
+    if set(others) - {"dense", "uniform", *baselines.NAMES}:
+        raise InputError(f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}")
     plans = {path.stem: Plan.load(path) for path in plan or ()}
+    losses = _losses(run_dir, mixture) if set(others) & set(baselines.NAMES) else {}
     loaded = _load(model, dtype, device, quiet)
-    methods: dict[str, Plan | None] = {"dense": None} if "dense" in baselines else {}
+    methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
     for name, rules in plans.items():
         rules.check_fits(loaded.identity)
-        if "uniform" in baselines:
-            density = round(max(rules.density(length) for length in wanted), 4)
-            methods[f"uniform {100 * density:.3g} %"] = Plan.uniform(loaded.identity, density)
+        density = round(max(rules.density(length) for length in wanted), 4)
+        for other in others:
+            if other == "uniform":
+                methods[f"uniform {100 * density:.3g} %"] = Plan.uniform(loaded.identity, density)
+            elif other != "dense":
+                methods[f"{other} {100 * density:.3g} %"] = baselines.baseline(other, losses, loaded.identity, density)
         methods[f"MoA {name}"] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
@@ -432,9 +449,19 @@ def evaluate(
     if json:
         command = "moa " + " ".join(sys.argv[1:])
         machine = device_info(loaded.model.device)
-        write_json(json, to_json(rows, command, machine))
+        write_json(json, to_json(rows, command, str(loaded.identity), machine))
         write_text(json.with_suffix(".md"), to_markdown(rows, command, machine))
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
+
+
+def _losses(run_dir: Path, mixture: str) -> Any:
+    """Loss tables per KV head of a finished search."""
+    from moa.progress import SILENT
+    from moa.search.pipeline import Run, profiled
+    from moa.search.profile import kv_losses
+
+    tables, _, identity = profiled(Run(run_dir, SILENT))
+    return kv_losses(tables, identity.kv_heads, _weights(mixture))
 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed next to what people would otherwise use.")

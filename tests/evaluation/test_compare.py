@@ -2,20 +2,35 @@
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
 
 from moa import ModelIdentity, Plan
 from moa.errors import InputError, PlanError
-from moa.evaluation.compare import EvaluateConfig, Row, device_info, evaluate, table, to_json, to_markdown
+from moa.evaluation.compare import (
+    TASKS,
+    EvaluateConfig,
+    Row,
+    device_info,
+    effective_length,
+    evaluate,
+    table,
+    to_json,
+    to_markdown,
+)
 from moa.models import LoadedModel
 from tiny_models import tiny_model
 
-CONFIG = EvaluateConfig((384, 256), items=1, max_new_tokens=8, chunks=1, decode_steps=2)
+CONFIG = EvaluateConfig((512, 448), items=1, tasks=TASKS, chunks=2, decode_steps=2)
 ROWS = [
-    Row("dense", 2048, 1.0, 94_371_840, 94_371_840, 20, 0.95, 0.1, 35.25, 15.5),
-    Row("MoA half", 2048, 0.5, 47_185_920, 94_371_840, 20, 0.85),
+    Row("dense", 1.0, "kv_mb", 2048, 94.37184, 1, 0.0),
+    Row("dense", 1.0, "passkey", 2048, 0.95, 20, 0.05, (1.0, 0.75, math.nan, 1.0, 1.0)),
+    Row("dense", 1.0, "perplexity", 2048, 35.25, 4, 0.5),
+    Row("dense", 1.0, "tokens_per_s", 2048, 15.5, 5, 0.1),
+    Row("MoA half", 0.5, "kv_mb", 2048, 47.18592, 1, 0.0),
+    Row("MoA half", 0.5, "passkey", 2048, 0.85, 20, 0.08),
 ]
 
 
@@ -33,27 +48,81 @@ def rows(loaded):
     return evaluate(loaded, plans, CONFIG)
 
 
-def test_there_is_a_row_for_each_length_and_method(rows):
-    assert [(row.length, row.method) for row in rows] == [
-        (length, method) for length in (256, 384) for method in ("as it is", "full plan", "half")
+def by(rows, task, length):
+    return [row for row in rows if (row.task, row.length) == (task, length)]
+
+
+def test_there_is_a_row_for_each_length_task_and_method(rows):
+    expected = [
+        (length, task, method)
+        for length in (448, 512)
+        for task in (*TASKS, "kv_mb")
+        for method in ("as it is", "full plan", "half")
     ]
-    assert all(row.items == 1 and row.passkey is not None and row.lines is not None for row in rows)
-    assert all((row.decode_tokens_per_s or 0) > 0 for row in rows if row.length == 384)
-    assert all(row.decode_tokens_per_s is None for row in rows if row.length == 256)
+    expected += [(512, "tokens_per_s", method) for method in ("as it is", "full plan", "half")]
+    assert [(row.length, row.task, row.method) for row in rows] == expected
+    assert all(math.isfinite(row.score) and row.score >= 0 and row.stderr >= 0 for row in rows)
+    assert all(row.score > 0 for row in rows if row.task == "tokens_per_s")
 
 
 def test_a_plan_with_full_spans_measures_as_the_dense_model_and_a_short_one_does_not(rows):
-    for dense, full, half in (rows[:3], rows[3:]):
-        assert full.perplexity == pytest.approx(dense.perplexity, rel=1e-4)
-        assert half.perplexity != pytest.approx(dense.perplexity, rel=1e-4)
+    for length in (448, 512):
+        for task in ("perplexity", "answer_perplexity"):
+            dense, full, half = by(rows, task, length)
+            assert full.score == pytest.approx(dense.score, rel=1e-5)
+            assert half.score != pytest.approx(dense.score, rel=1e-5)
+            assert full.parts == pytest.approx(dense.parts, rel=1e-5)
+        dense, full, half = by(rows, "answer_kl", length)
+        assert dense.score == 0
+        assert full.score == pytest.approx(0, abs=1e-6)
+        assert half.score > 1e-5
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_and_its_parts_are_positions(rows):
+    (dense, *_) = by(rows, "perplexity", 512)
+    assert dense.n == 2
+    assert len(dense.parts) == 5
+    assert math.log(dense.score) == pytest.approx(sum(math.log(part) for part in dense.parts) / 5, rel=1e-2)
 
 
 def test_bytes_are_those_in_the_cache(rows):
-    for dense, full, half in (rows[:3], rows[3:]):
-        expected = 2 * 2 * 16 * dense.length * 2 * 4  # layers x KV heads x head_dim x tokens x (K, V) x float32
-        assert dense.kv_bytes == full.kv_bytes == dense.dense_kv_bytes == expected
-        assert half.kv_bytes == half.density * expected
+    for length in (448, 512):
+        dense, full, half = by(rows, "kv_mb", length)
+        expected = 2 * 2 * 16 * length * 2 * 4 / 1e6  # layers x KV heads x head_dim x tokens x (K, V) x float32
+        assert dense.score == full.score == expected
+        assert half.score == pytest.approx(half.density * expected)
         assert half.density == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_effective_length_ends_at_the_first_failure():
+    rows = [
+        Row("m", 0.5, "passkey", n, score, 20, 0.0) for n, score in [(8, 1.0), (2, 0.95), (4, 0.9), (16, 0.8), (32, 1)]
+    ]
+    assert effective_length(rows, "m") == 8
+    assert effective_length(rows, "m", share=0.95) == 2
+    assert effective_length(rows, "other") == 0
+
+
+def test_evaluation_items_share_nothing_with_calibration(loaded):
+    """Neither text nor seeds: not a stretch of 12 tokens of real text is in both."""
+    from moa.evaluation.compare import _Measures
+    from moa.search.calibrate import CalibrateConfig, calibrate
+    from moa.search.text import default_text
+
+    measures = _Measures(loaded, EvaluateConfig((448,), items=2, tasks=TASKS), 448)
+    calibration = calibrate(loaded, default_text().text, CalibrateConfig((448,), items=4))
+    size = 12
+    seen = {
+        tuple(item.input_ids[start : start + size].tolist())
+        for items in calibration.items.values()
+        for item in items
+        for start in range(64, item.answer_start - 64)  # between the wordings of the tasks
+    }
+    tested = [item.prompt_ids for items in measures.items.values() for item in items]
+    tested += [item.input_ids[64 : item.answer_start - 64] for item in measures.answers]
+    assert len(tested) > 14
+    for ids in tested:
+        assert seen.isdisjoint(tuple(ids[start : start + size].tolist()) for start in range(len(ids) - size))
 
 
 def test_the_model_is_left_as_it_was(loaded, rows):
@@ -63,24 +132,26 @@ def test_the_model_is_left_as_it_was(loaded, rows):
 
 
 def test_only_the_asked_tasks_are_measured(loaded):
-    (row,) = evaluate(loaded, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), chunks=1, decode_steps=0))
-    assert row.perplexity is not None
-    assert row.passkey is row.lines is row.decode_tokens_per_s is None
+    rows = evaluate(loaded, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), chunks=1, decode_steps=0))
+    assert [row.task for row in rows] == ["perplexity", "kv_mb"]
 
 
 def test_json_and_markdown_hold_the_numbers_the_command_and_the_machine(loaded):
     machine = device_info(loaded.model.device)
     assert {"platform", "cpu", "cores", "torch", "transformers"} <= machine.keys()
-    written = json.loads(json.dumps(to_json(ROWS, "moa eval demo", machine)))
-    assert [Row(**row) for row in written["rows"]] == ROWS
-    assert written["command"] == "moa eval demo"
+    written = json.loads(json.dumps(to_json(ROWS, "moa eval demo", "llama", machine), allow_nan=False))
+    assert [(row["method"], row["task"], row["score"]) for row in written["rows"]] == [
+        (row.method, row.task, row.score) for row in ROWS
+    ]
+    assert written["rows"][1]["parts"] == [1.0, 0.75, None, 1.0, 1.0]
+    assert (written["command"], written["model"]) == ("moa eval demo", "llama")
     assert written["device"]["torch"] == machine["torch"]
     markdown = to_markdown(ROWS, "moa eval demo", machine)
     lines = markdown.splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1
-    for number in ("1.000", "94.37", "1.00x", "0.95", "0.10", "35.25", "15.5"):
+    for number in ("1.000", "94.37", "0.95", "35.25", "15.5"):
         assert number in lines[2]
-    for number in ("0.500", "47.19", "2.00x", "0.85"):
+    for number in ("0.500", "47.19", "0.85"):
         assert number in lines[3]
     assert "moa eval demo" in markdown
     assert machine["torch"] in markdown
@@ -90,7 +161,7 @@ def test_the_table_fits_a_terminal():
     terminal = Console(file=io.StringIO(), width=80)
     terminal.print(table(ROWS))
     shown = terminal.file.getvalue()
-    for number in ("MoA half", "0.500", "47.19", "2.00x", "35.25"):
+    for number in ("MoA half", "0.500", "47.19", "35.25"):
         assert number in shown
 
 

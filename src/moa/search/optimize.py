@@ -25,6 +25,9 @@ _GUESS_GAP = 0.05  # a guessed loss is not worth solving to more
 _SLACK = 1 + 1e-9  # on limits of losses, so that the plan that set a limit meets it whatever the order of summing
 
 
+_SLOPES = (*(step / 32 for step in range(1, 8)), *(step / 16 for step in range(4, 17)))
+
+
 @dataclass(frozen=True)
 class RuleGrid:
     """The elastic rules among which every head chooses."""
@@ -39,6 +42,16 @@ class RuleGrid:
     def paper(cls) -> "RuleGrid":
         """The paper's 54 rules: 6 values of alpha over [-2048, 8192], 9 of beta over [0, 1]."""
         return cls(_product(np.linspace(-2048, 8192, 6), np.linspace(0, 1, 9)))
+
+    @classmethod
+    def proportional(cls) -> "RuleGrid":
+        """Shares of N and nothing else: beta in steps of 1/32 up to 1/4 and of 1/16 up to 1."""
+        return cls(_product([0.0], _SLOPES))
+
+    @classmethod
+    def binary(cls, window: int = 4 * BLOCK) -> "RuleGrid":
+        """Everything, or the sink and one window: the full and streaming heads of DuoAttention."""
+        return cls((ElasticRule(float(SINK + window), 0.0), ElasticRule(0.0, 1.0)))
 
     @classmethod
     def scaled(cls, longest: int, sink: int = SINK, block: int = BLOCK) -> "RuleGrid":
@@ -56,8 +69,7 @@ class RuleGrid:
             for part in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
             for sign in (-1, 1)
         }
-        slopes = [step / 32 for step in range(1, 8)] + [step / 16 for step in range(4, 17)]
-        return cls(_product(constants, [0.0]) + _product(sorted(shifts), slopes))
+        return cls(_product(constants, [0.0]) + _product(sorted(shifts), _SLOPES))
 
 
 def _product(alphas: Iterable[float], betas: Iterable[float]) -> tuple[ElasticRule, ...]:

@@ -97,7 +97,7 @@ class BudgetConfig:
     rules_per_layer : int, optional
         At most so many distinct rules in a layer (the paper: 2).
     grid : str
-        "scaled" or "paper".
+        "scaled", "paper", "proportional" or "binary"; see `moa.search.optimize.RuleGrid`.
     points : int
         Cuts of each objective's range.
     """
@@ -224,7 +224,12 @@ def run_optimize(
     def compute(folder: Path) -> list[Plan]:
         losses = kv_losses(tables, model.kv_heads, weights)
         longest = max(losses)
-        grids = {"scaled": RuleGrid.scaled(longest), "paper": RuleGrid.paper()}
+        grids = {
+            "scaled": RuleGrid.scaled(longest),
+            "paper": RuleGrid.paper(),
+            "proportional": RuleGrid.proportional(),
+            "binary": RuleGrid.binary(),
+        }
         if budget.grid not in grids:
             raise InputError(f"unknown grid {budget.grid!r}; expected one of {sorted(grids)}")
         config = OptimizeConfig(

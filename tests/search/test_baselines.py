@@ -1,0 +1,60 @@
+"""Plans of restricted kinds: inside the budget, of their kind, and never better than the full grid's."""
+
+import numpy as np
+import pytest
+
+from moa import ModelIdentity
+from moa.errors import InputError
+from moa.search.baselines import NAMES, baseline
+from moa.search.optimize import OptimizeConfig, optimize
+
+IDENTITY = ModelIdentity("llama", 4, 4, 8, 16, "0123456789abcdef")
+LENGTHS = (1024, 2048)
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """Falling tables; some heads need only what is near, some all."""
+    rng = np.random.default_rng(0)
+    tables = {}
+    for length in LENGTHS:
+        windows = -(-(length - 64) // 64)
+        reach = rng.choice([0.05, 0.3, 1.0], (4, 4, 1))
+        left = 1 - np.arange(1, windows + 1) / windows
+        tables[length] = rng.uniform(0.5, 2, (4, 4, 1)) * left ** (1 / reach)
+    return tables
+
+
+def cost(plan, losses):
+    total = 0.0
+    for length, table in losses.items():
+        entry = np.minimum((plan.spans(length) - 64) // 64 - 1, table.shape[2] - 1)
+        total += np.take_along_axis(table, entry[..., None], 2).sum()
+    return total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_baseline_is_of_its_kind_and_within_the_density(name, losses):
+    plan = baseline(name, losses, IDENTITY, 0.5)
+    for length in (*LENGTHS, 4096):
+        assert plan.density(length) <= 0.5
+        spans = plan.spans(length)
+        if name == "per-layer":
+            assert (spans == spans[:, :1]).all()
+        if name == "binary-heads":
+            assert set(np.unique(spans)) == {320, length}
+    assert name in plan.provenance["baseline"]
+
+
+def test_the_ladder_falls(losses):
+    found = optimize(losses, OptimizeConfig(0.5))
+    elastic = min(sum(plan.losses.values()) for plan in found)
+    per_layer, per_head = (cost(baseline(name, losses, IDENTITY, 0.5), losses) for name in ("per-layer", "per-head"))
+    assert elastic <= per_head <= per_layer
+
+
+def test_what_cannot_be_is_refused(losses):
+    with pytest.raises(InputError, match="magic"):
+        baseline("magic", losses, IDENTITY, 0.5)
+    with pytest.raises(InputError):
+        baseline("binary-heads", losses, IDENTITY, 0.2)
