@@ -116,17 +116,36 @@ def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_eval_takes_baselines_from_a_search_and_draws(demo_model, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    work = ("--run-dir", tmp_path / "run", "--quiet")
+    sizes = ("--lengths", 512, "--items", 1, "--validation-items", 1, "--validation-length", 576, "--points", 1)
+    plan = tmp_path / "plan.json"
+    assert run("search", "demo", "-o", plan, "--density", 0.8, *sizes, *work) == 0
+    options = ("--tasks", "needle", "--items", 2, "--decode-steps", 0, "--lengths", 512)
+    drawn = ("--against", "per-layer,per-head,binary-heads", "--heat-map", tmp_path / "map.png")
+    assert run("eval", "demo", "--plan", plan, *options, *drawn, *work) == 0
+    shown = capsys.readouterr().out
+    for name in ("per-layer", "per-head", "binary-heads", "MoA plan"):
+        assert name in shown
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
 def test_eval_compares_and_writes_its_numbers(demo_plan, tmp_path, capsys):
     target = tmp_path / "table.json"
     options = ("--lengths", 300, "--items", 2, "--tasks", "passkey", "--decode-steps", 2, "--quiet", "--json", target)
     assert run("eval", "demo", "--plan", demo_plan, *options) == 0
     shown = capsys.readouterr().out
     result = json.loads(target.read_text())
-    rows = {row["method"]: row for row in result["rows"]}
-    assert rows["dense"]["kv_bytes"] == 300 * 30 * 3 * 64 * 4 * 2
-    assert rows["MoA half"]["kv_bytes"] == rows["uniform 64 %"]["kv_bytes"] == 192 * 30 * 3 * 64 * 4 * 2
-    assert rows["dense"]["passkey"] == 1
-    assert all(row["decode_tokens_per_s"] > 0 for row in rows.values())
+    rows = {(row["method"], row["task"]): row for row in result["rows"]}
+    methods = ("dense", "uniform 64 %", "MoA half")
+    assert [rows[method, "kv_mb"]["score"] * 1e6 for method in methods] == pytest.approx(
+        [tokens * 30 * 3 * 64 * 4 * 2 for tokens in (300, 192, 192)]
+    )
+    assert rows["dense", "passkey"]["score"] == 1
+    assert all(rows[method, "tokens_per_s"]["score"] > 0 for method in methods)
+    assert "llama" in result["model"]
     for text in (shown, target.with_suffix(".md").read_text()):
         assert "uniform 64 %" in text
         assert "8.85" in text  # MB

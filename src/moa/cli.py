@@ -405,6 +405,7 @@ def evaluate(
     decode_steps: Annotated[int, typer.Option(help="Tokens in each timed round of decoding; 0 for no timing.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    heat_map: Annotated[Path | None, typer.Option(help="Draw retrieval by length and depth into this PNG.")] = None,
     run_dir: Annotated[
         Path, typer.Option("--run-dir", help="The finished search that baselines other than uniform are chosen from.")
     ] = DEFAULT_RUN,
@@ -421,8 +422,9 @@ def evaluate(
     from moa.progress import Progress
     from moa.search import baselines
 
-    if json:
-        check_writable(json)
+    for path in (json, heat_map):
+        if path:
+            check_writable(path)
     wanted = _numbers(lengths, "--lengths") or ()
     chosen = {"none": (), "all": TASKS}.get(tasks, tuple(tasks.split(",")))
     config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
@@ -452,6 +454,11 @@ def evaluate(
         write_json(json, to_json(rows, command, str(loaded.identity), machine))
         write_text(json.with_suffix(".md"), to_markdown(rows, command, machine))
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
+    if heat_map:
+        from moa.report.heat_maps import heat_maps
+
+        heat_maps(rows, heat_map)
+        out.print(f"Wrote {heat_map}", highlight=False)
 
 
 def _losses(run_dir: Path, mixture: str) -> Any:
@@ -462,6 +469,19 @@ def _losses(run_dir: Path, mixture: str) -> Any:
 
     tables, _, identity = profiled(Run(run_dir, SILENT))
     return kv_losses(tables, identity.kv_heads, _weights(mixture))
+
+
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """EleutherAI's lm-eval with the model `moa`: run --model moa --model_args pretrained=MODEL,plan=FILE --tasks ..."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import moa.evaluation.lm_eval  # noqa: F401 (registers the model)
+    except ImportError as error:
+        raise InputError(f"lm-eval is not installed ({error}); pip install 'moa-spans[lm-eval]'") from error
+    sys.argv = ["lm_eval", *context.args]  # its own parser reads them there
+    cli_evaluate()
 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed next to what people would otherwise use.")
