@@ -31,8 +31,11 @@ def test_prompts_have_the_exact_length_and_hold_their_answers_at_all_depths(toke
         assert item.prompt_ids.shape == (length,)
         assert item.prompt_ids.dtype == np.int64
         prompt = tokenizer.decode(item.prompt_ids)
+        question = tokenizer.decode(item.prompt_ids[item.question_start :])
+        assert "?" in question
         for answer in item.answers:
             assert answer in prompt
+            assert answer not in question
             assert len(answer) == 5
         assert len(set(item.answers)) == len(item.answers) == (4 if task == "multivalue" else 1)
         found = prompt.index(item.answers[0]) / len(prompt)

@@ -81,11 +81,14 @@ class TaskItem:
         Five digits each.
     depth : float
         Where in the text what is asked for lies (the first of several): 0 is its beginning, 1 its end.
+    question_start : int
+        Tokens from here on are the question; those before are what a cache could be compressed to without knowing it.
     """
 
     prompt_ids: np.ndarray
     answers: tuple[str, ...]
     depth: float
+    question_start: int
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,8 @@ def _records(
             place = round(depth * len(others))
             record = np.concatenate([*others[:place], encoded[0], *others[place:]])
             blank = np.repeat(line_break, room - len(record))
-            built.append(TaskItem(np.concatenate([before, record, blank, after]), (value,), depth))
+            prompt = np.concatenate([before, record, blank, after])
+            built.append(TaskItem(prompt, (value,), depth, length - len(after)))
         return built
 
     return make
@@ -260,7 +264,8 @@ class _Haystack:
             place = round(depths[which] * len(filler))
             pieces += [filler[done:place], hidden[which]]
             done = place
-        return TaskItem(np.concatenate([*pieces, filler[done:], after]), answers, float(depths[0]))
+        prompt = np.concatenate([*pieces, filler[done:], after])
+        return TaskItem(prompt, answers, float(depths[0]), self.length - len(after))
 
 
 def _all_names() -> list[str]:
