@@ -1,13 +1,17 @@
 """The whole search on a real small model: it ends with a plan in budget, resumes, and redoes only what changed."""
 
+import numpy as np
 import pytest
 
 from moa.errors import InfeasibleBudgetError, InputError
-from moa.plan import Plan
+from moa.plan import ModelIdentity, Plan
+from moa.progress import Progress
 from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
-from moa.search.pipeline import BudgetConfig, DataConfig, search
+from moa.search.influence import window_count
+from moa.search.pipeline import BudgetConfig, DataConfig, Run, run_optimize, search
+from moa.search.profile import Profile
 from moa.search.text import TextSource, default_text
 
 DATA = DataConfig(lengths=(320,), items=1, validation_items=1, validation_length=384)
@@ -95,6 +99,26 @@ def test_an_infeasible_budget_names_the_nearest(finished, demo_model):
     with pytest.raises(InfeasibleBudgetError, match=r"0\.4") as caught:
         search(demo_model, default_text(), finished[0], DATA, BudgetConfig(0.2))
     assert caught.value.nearest[320] == pytest.approx(128 / 320)
+
+
+def test_a_length_too_short_for_the_density_is_named(tmp_path):
+    """What must hold at 512 tokens leaves nothing to choose at 25 %, and binds longer lengths."""
+
+    class Noted(Progress):
+        said = ""
+
+        def say(self, text):
+            self.said += text
+
+    tables = Profile({(length, "retrieval"): np.ones((2, 4, window_count(length))) for length in (512, 2048)})
+    identity, heard = ModelIdentity("llama", 2, 2, 4, 16, ""), []
+    for density in (0.25, 0.5):
+        progress = Noted(quiet=True)
+        run_optimize(Run(tmp_path, progress), tables, "key", identity, {"retrieval": 1.0}, BudgetConfig(density))
+        heard.append(progress.said)
+    assert "at 512 tokens" in heard[0]
+    assert "2048" not in heard[0]
+    assert "tokens" not in heard[1]
 
 
 def test_lengths_beyond_the_context_or_the_text_are_refused(demo_model, tmp_path):

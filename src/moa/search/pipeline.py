@@ -22,7 +22,7 @@ import transformers
 from moa.errors import InputError
 from moa.files import read_json, write_json
 from moa.models import LoadedModel
-from moa.plan import ModelIdentity, Plan, check_density
+from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, CalibrationSet, calibrate
 from moa.search.influence import Estimator
@@ -32,6 +32,7 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
+_SHORTEST = SINK + BLOCK  # span
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -224,6 +225,13 @@ def run_optimize(
     def compute(folder: Path) -> list[Plan]:
         losses = kv_losses(tables, model.kv_heads, weights)
         longest = max(losses)
+        for length in sorted(losses):
+            if budget.density * length < 1.5 * _SHORTEST:
+                run.progress.say(
+                    f"at {length} tokens density {budget.density} leaves a head {budget.density * length:.0f} on "
+                    f"average, and the shortest span is {_SHORTEST}: that leaves little to choose, and binds longer "
+                    "lengths too; consider longer --lengths"
+                )
         grids = {
             "scaled": RuleGrid.scaled(longest),
             "paper": RuleGrid.paper(),
