@@ -58,6 +58,7 @@ class Conversation:
                 outcome.append(
                     self._model.generate(
                         ids.to(self._model.device),
+                        attention_mask=torch.ones_like(ids, device=self._model.device),  # else guessed from the ids
                         past_key_values=self._cache,
                         max_new_tokens=self._new,
                         do_sample=False,

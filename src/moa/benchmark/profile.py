@@ -27,9 +27,8 @@ from moa.search.profile import ProfileConfig, answer_loss, differentiable, profi
 _ANSWER = 64  # tokens that carry loss
 _REPEATS = 3
 _DEVICE = torch.device("cuda")
-# shape: lengths, and at which of them all items are run
 _CASES = {"llama-7b": (2048, 4096, 8192), "llama3-8b": (32768,)}
-_MANY = "llama-7b"
+_MANY = "llama-7b"  # of which all calibration items are run
 
 
 @dataclass(frozen=True)
