@@ -62,7 +62,7 @@ Lengths = Annotated[str | None, typer.Option(help="Profile lengths, e.g. 1024,20
 ValidationLength = Annotated[int | None, typer.Option(help="Length of validation (default: 1.5 x the longest).")]
 Items = Annotated[int, typer.Option(help="Calibration items per length and source.")]
 ValidationItems = Annotated[int, typer.Option(help="Held-out items per source.")]
-Mixture = Annotated[str, typer.Option(help="Calibration sources and weights.")]
+Mixture = Annotated[str, typer.Option(help="Weights of calibration sources: retrieval, summary, text.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Calibration text files (repeat the option).")]
 Dataset = Annotated[str | None, typer.Option(help="Calibration text from an HF dataset: hub name or local path.")]
@@ -72,10 +72,11 @@ Constrained = Annotated[str | None, typer.Option(help="More lengths at which the
 RulesPerLayer = Annotated[int | None, typer.Option(help="At most so many rules in a layer (the paper: 2).")]
 Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, proportional, binary.")]
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
+Refine = Annotated[int, typer.Option("--refine", help="Plans measured to improve the best one; 0 for none.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
-DEFAULT_MIXTURE = "retrieval=1,summary=1"
+DEFAULT_MIXTURE = "retrieval=1,text=0.5"
 
 
 def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -133,24 +134,25 @@ def search(
     output: Output,
     density: Density = 0.5,
     lengths: Lengths = None,
-    items: Items = 8,
+    items: Items = 16,
     mixture: Mixture = DEFAULT_MIXTURE,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
-    validation_items: ValidationItems = 4,
+    validation_items: ValidationItems = 8,
     estimator: Estimate = EstimatorName.joint,
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
     points: Points = 5,
+    refine: Refine = 900,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Find a plan for a model: calibrate, profile, optimize, validate. Resumes what the run directory holds."""
+    """Find a plan for a model: calibrate, profile, optimize, refine, validate. Resumes what the run directory holds."""
     from moa.files import check_writable
     from moa.progress import Progress
     from moa.search.influence import Estimator
@@ -161,7 +163,7 @@ def search(
     data = DataConfig(
         _numbers(lengths, "--lengths"), validation_length, items, validation_items, _weights(mixture), seed
     )
-    budget = BudgetConfig(density, _numbers(constrained, "--constrained"), rules_per_layer, grid, points)
+    budget = BudgetConfig(density, _numbers(constrained, "--constrained"), rules_per_layer, grid, points, refine)
     source = _text(text, dataset)
     plan = run_search(
         _load(model, dtype, device, quiet), source, run_dir, data, budget, Estimator(estimator.value), Progress(quiet)
@@ -174,12 +176,12 @@ def search(
 def calibrate(
     model: Model,
     lengths: Lengths = None,
-    items: Items = 8,
+    items: Items = 16,
     mixture: Mixture = DEFAULT_MIXTURE,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
-    validation_items: ValidationItems = 4,
+    validation_items: ValidationItems = 8,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
@@ -248,6 +250,31 @@ def optimize(
 
 
 @app.command()
+def refine(
+    model: Model,
+    evaluations: Refine = 900,
+    run_dir: RunDir = DEFAULT_RUN,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fourth stage: improve the optimizer's best plan by exchanging rules between heads, measured on the model."""
+    from dataclasses import replace
+
+    from moa.search.pipeline import calibrated, optimized, profiled, run_refine
+
+    run = _run(run_dir, quiet)
+    plans, key, weights, budget = optimized(run)
+    tables, _, _ = profiled(run)
+    loaded = _load(model, dtype, device, quiet)
+    calibration, _ = calibrated(run, loaded)
+    budget = replace(budget, evaluations=evaluations)
+    plans, _ = run_refine(run, loaded, calibration, tables, plans, key, weights, budget)
+    found = plans[-1].provenance["refined"]
+    out.print(f"Loss {found['start']:.4f} before, {found['loss']:.4f} after {found['evaluations']} plans measured")
+
+
+@app.command()
 def validate(
     model: Model,
     output: Output,
@@ -256,23 +283,22 @@ def validate(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Last stage: run every Pareto plan on held-out items and write the best one."""
+    """Last stage: run every plan on held-out items and write the best one."""
     from moa.files import check_writable
-    from moa.search.pipeline import calibrated, optimized, run_validate
+    from moa.search.pipeline import calibrated, refined, run_validate
 
     check_writable(output)
     run = _run(run_dir, quiet)
-    plans, key = optimized(run)
+    plans, key, weights = refined(run)
     loaded = _load(model, dtype, device, quiet)
     calibration, _ = calibrated(run, loaded)
-    plan, rows = run_validate(run, loaded, plans, calibration.validation, key)
+    plan, rows = run_validate(run, loaded, plans, calibration.validation, key, weights)
     plan.save(output)
-    table = Table(title="Loss of the dense model's answers, nats a token")
-    for column in ("plan", "mean", *rows[0].by_source):
+    table = Table(title="Divergence from the dense model's answers, nats a token")
+    for column in ("plan", "weighted", *rows[0].by_source):
         table.add_column(column, justify="right")
     for row in rows:
-        name = "dense" if row.plan < 0 else str(row.plan)
-        table.add_row(name, f"{row.loss:.4f}", *(f"{loss:.4f}" for loss in row.by_source.values()))
+        table.add_row(str(row.plan), f"{row.loss:.4f}", *(f"{loss:.4f}" for loss in row.by_source.values()))
     out.print(table)
     _announce(plan, output)
 
@@ -398,7 +424,7 @@ def evaluate(
         str,
         typer.Option(
             help="Of passkey, needle, multikey, multivalue, tracking, lines, json, perplexity, answer_perplexity, "
-            "answer_kl; or all, or none."
+            "answer_kl; or all, or none. lines@2048: at that length only."
         ),
     ] = "passkey,lines,perplexity",
     items: Annotated[int, typer.Option(help="Prompts per retrieval task.")] = 20,
@@ -415,10 +441,20 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure plans against dense attention and other plans: answers, bytes and speed in one table."""
-    from moa.evaluation.compare import TASKS, EvaluateConfig, device_info, table, to_json, to_markdown
+    from moa.evaluation.compare import (
+        TASKS,
+        EvaluateConfig,
+        device_info,
+        effective_lengths,
+        table,
+        to_json,
+        to_markdown,
+    )
     from moa.evaluation.compare import evaluate as measure
+    from moa.evaluation.devices import evaluate_on
     from moa.files import check_writable, write_json, write_text
-    from moa.plan import Plan
+    from moa.models import load_config
+    from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
     from moa.search import baselines
 
@@ -433,25 +469,34 @@ def evaluate(
         raise InputError(f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}")
     plans = {path.stem: Plan.load(path) for path in plan or ()}
     losses = _losses(run_dir, mixture) if set(others) & set(baselines.NAMES) else {}
-    loaded = _load(model, dtype, device, quiet)
+    identity = ModelIdentity.of(load_config(model))
     methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
     for name, rules in plans.items():
-        rules.check_fits(loaded.identity)
+        rules.check_fits(identity)
         density = round(max(rules.density(length) for length in wanted), 4)
         for other in others:
             if other == "uniform":
-                methods[f"uniform {100 * density:.3g} %"] = Plan.uniform(loaded.identity, density)
+                methods[f"uniform {100 * density:.3g} %"] = Plan.uniform(identity, density)
             elif other != "dense":
-                methods[f"{other} {100 * density:.3g} %"] = baselines.baseline(other, losses, loaded.identity, density)
+                methods[f"{other} {100 * density:.3g} %"] = baselines.baseline(other, losses, identity, density)
         methods[f"MoA {name}"] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
-    rows = measure(loaded, methods, config, Progress(quiet))
+    devices = device.split(",")
+    if len(devices) > 1:
+        rows = evaluate_on(devices, model, dtype, methods, config, Progress(quiet))
+    else:
+        rows = measure(_load(model, dtype, device, quiet), methods, config, Progress(quiet))
     out.print(table(rows))
+    for found in effective_lengths(rows):
+        out.print(
+            f"{found['method']}: passkeys found up to {found['length']:,} tokens, {found['mean_span']:,} stored",
+            highlight=False,
+        )
     if json:
         command = "moa " + " ".join(sys.argv[1:])
-        machine = device_info(loaded.model.device)
-        write_json(json, to_json(rows, command, str(loaded.identity), machine))
+        machine = device_info(devices)
+        write_json(json, to_json(rows, command, str(identity), machine))
         write_text(json.with_suffix(".md"), to_markdown(rows, command, machine))
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
     if heat_map:

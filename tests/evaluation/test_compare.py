@@ -105,11 +105,11 @@ def test_the_effective_length_ends_at_the_first_failure():
 
 def test_evaluation_items_share_nothing_with_calibration(loaded):
     """Neither text nor seeds: not a stretch of 12 tokens of real text is in both."""
-    from moa.evaluation.compare import _Measures
+    from moa.evaluation.compare import Measures
     from moa.search.calibrate import CalibrateConfig, calibrate
     from moa.search.text import default_text
 
-    measures = _Measures(loaded, EvaluateConfig((448,), items=2, tasks=TASKS), 448)
+    measures = Measures(loaded, EvaluateConfig((448,), items=2, tasks=TASKS), 448)
     calibration = calibrate(loaded, default_text().text, CalibrateConfig((448,), items=4))
     size = 12
     seen = {
@@ -137,7 +137,7 @@ def test_only_the_asked_tasks_are_measured(loaded):
 
 
 def test_json_and_markdown_hold_the_numbers_the_command_and_the_machine(loaded):
-    machine = device_info(loaded.model.device)
+    machine = device_info(["cpu"])
     assert {"platform", "cpu", "cores", "torch", "transformers"} <= machine.keys()
     written = json.loads(json.dumps(to_json(ROWS, "moa eval demo", "llama", machine), allow_nan=False))
     assert [(row["method"], row["task"], row["score"]) for row in written["rows"]] == [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moa.errors import InputError
-from moa.evaluation.answers import scores
+from moa.evaluation.answers import _leads_elsewhere, scores
 from moa.evaluation.tasks import RETRIEVAL, score
 from moa.evaluation.text import default_evaluation_text
 from moa.search.text import default_text
@@ -167,3 +167,32 @@ def test_teacher_forcing_scores_what_greedy_decoding_scores(demo_model, task):
     if task == "passkey":
         assert {0, 1} <= set(found)
         assert np.mean(found[:6]) >= 0.75, "the demo model finds the pass key"
+
+
+@pytest.mark.parametrize(
+    ("text", "elsewhere"),
+    [
+        (" 12345", False),
+        (" 1234", False),
+        (" 12,3", False),
+        (" 12,345 coins and 7", False),
+        (" 12345.", False),
+        (" well", False),
+        ("", False),
+        (" 1235", True),
+        (" 12,4", True),
+        (" 123456", True),
+        (" 1234 coins", True),
+        (" 12, 3", True),
+        (" 12345.5", True),
+        (" 7 or 12345", True),
+    ],
+)
+def test_an_answer_that_can_still_come_right_is_decoded(text, elsewhere):
+    assert _leads_elsewhere(text, ["12345"]) is elsewhere
+    if elsewhere:  # whatever is decoded after it
+        assert all(score(text + more, ["12345"]) == 0 for more in ("", "5", "45", ",345", " 12345", ".", ".0"))
+
+
+def test_several_answers_are_always_decoded():
+    assert not _leads_elsewhere(" 7", ["12345", "54321"])

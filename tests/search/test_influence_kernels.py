@@ -46,19 +46,23 @@ def measured(inputs, options, estimator, backend):
     return out.detach(), *(leaf.grad for leaf in leaves), collector.tables[0]
 
 
-def assert_equal(inputs, options, estimator):
+def assert_equal(inputs, options, estimator, peaked):
     dtype = inputs[0].dtype
+    # Single precision rounds a logit to a share of itself, and exp makes that a share of the attention.
+    logits = max(1.0, peaked / 3) if dtype == torch.float32 else 1.0
     exact = measured([tensor.double() for tensor in inputs], options, estimator, "sdpa")
     *found, table = measured(inputs, options, estimator, "triton")
     names = ("out", "d_query", "d_key", "d_value", "table")
-    limits = [*[TOLERANCES[dtype][0]] * 4, TOLERANCES[dtype][1]]
+    limits = [logits * limit for limit in (*[TOLERANCES[dtype][0]] * 4, TOLERANCES[dtype][1])]
     assert {tensor.dtype for tensor in found} == {dtype}
     assert table.dtype == torch.float64
     for name, got, expected, limit in zip(names, [*found, table], exact, limits, strict=True):
         assert got.shape == expected.shape
         assert not got.isnan().any(), name
         error = (got.double() - expected).abs().max()
-        largest = max(1.0, float(expected.abs().max()))  # the inputs' own scale, where all is 0
+        largest = max(1.0, float(expected.abs().max()))
+        if expected.abs().max() < 1e-9:  # nothing but what is rounded off, at the scale of the inputs
+            largest = max(float(tensor.abs().max()) for tensor in inputs)
         assert error <= limit * largest, (name, float(error), largest)
 
 
@@ -92,13 +96,33 @@ def assert_equal(inputs, options, estimator):
     sliding_window=None,
     peaked=3.0,
 )
+@example(
+    estimator=Estimator.JOINT,
+    length=330,
+    kv_heads=1,
+    group=1,
+    softcap=None,
+    learned_sink=True,
+    sliding_window=150,
+    peaked=0.5,
+)
+@example(
+    estimator=Estimator.PAPER,
+    length=330,
+    kv_heads=1,
+    group=1,
+    softcap=None,
+    learned_sink=False,
+    sliding_window=1,
+    peaked=20.0,
+)
 def test_kernels_equal_the_strips(
     estimator, length, kv_heads, group, softcap, learned_sink, sliding_window, peaked, dim, dtype
 ):
     heads = kv_heads * group
     logits = torch.linspace(-2, 4, heads, device=DEVICE) if learned_sink else None
     options = AttentionOptions(dim**-0.5, softcap, logits, sliding_window)
-    assert_equal(tensors(length, kv_heads, group, dim, peaked, dtype), options, estimator)
+    assert_equal(tensors(length, kv_heads, group, dim, peaked, dtype), options, estimator, peaked)
 
 
 @pytest.mark.parametrize("estimator", Estimator)

@@ -1,5 +1,7 @@
 """The whole search on a real small model: it ends with a plan in budget, resumes, and redoes only what changed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,13 +17,14 @@ from moa.search.profile import Profile
 from moa.search.text import TextSource, default_text
 
 DATA = DataConfig(lengths=(320,), items=1, validation_items=1, validation_length=384)
-STAGES = ("calibrate", "profile", "optimize", "validate")
+STAGES = ("calibrate", "profile", "optimize", "refine", "validate")
+BUDGET = BudgetConfig(0.5, evaluations=12)
 
 
 @pytest.fixture(scope="module")
 def finished(demo_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "search"
-    return folder, search(demo_model, default_text(), folder, DATA, BudgetConfig(0.5))
+    return folder, search(demo_model, default_text(), folder, DATA, BUDGET)
 
 
 @pytest.fixture
@@ -55,10 +58,10 @@ def test_a_search_ends_with_a_plan_within_its_budget(finished, demo_model):
 @pytest.mark.slow
 def test_a_second_call_reads_and_a_changed_budget_redoes_its_stages_only(finished, demo_model, ran):
     folder, plan = finished
-    assert search(demo_model, default_text(), folder, DATA, BudgetConfig(0.5)) == plan
+    assert search(demo_model, default_text(), folder, DATA, BUDGET) == plan
     assert ran == []
-    other = search(demo_model, default_text(), folder, DATA, BudgetConfig(0.6))
-    assert ran == ["optimize", "validate"]
+    other = search(demo_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
+    assert ran == ["optimize", "refine", "validate"]
     assert other.density(640) > plan.density(640)
 
 
@@ -75,14 +78,14 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_plan(finished, dem
 
     monkeypatch.setattr(profile_stage, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        search(demo_model, default_text(), tmp_path, DATA, BudgetConfig(0.5))
+        search(demo_model, default_text(), tmp_path, DATA, BUDGET)
 
     def resumed(loaded, item, config):
         measured.append(item.answer_start)
         return real(loaded, item, config)
 
     monkeypatch.setattr(profile_stage, "_measure", resumed)
-    plan = search(demo_model, default_text(), tmp_path, DATA, BudgetConfig(0.5))
+    plan = search(demo_model, default_text(), tmp_path, DATA, BUDGET)
     assert plan == finished[1]
     assert len(measured) == 2, "the first item's table was kept"
 
@@ -150,8 +153,6 @@ def test_a_stage_without_the_one_before_is_refused(tmp_path):
 
 
 def test_a_run_of_another_model_is_refused(finished, demo_model):
-    from dataclasses import replace
-
     other = replace(demo_model, identity=replace(demo_model.identity, layers=31), name="other")
     with pytest.raises(InputError, match="calibrated with demo, not with other"):
         pipeline.calibrated(pipeline.Run(finished[0]), other)

@@ -3,7 +3,9 @@
 Everything a step needs lies on the device, so decoding asks the host nothing.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,22 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return None
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> T:
+        with torch.cuda.device_of(next(argument for argument in arguments if isinstance(argument, torch.Tensor))):
+            return function(*arguments, **options)
+
+    return run
+
+
+@_on_its_device
 def prefill(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -62,6 +80,7 @@ def prefill(
     )
 
 
+@_on_its_device
 def attend(
     store: SpanStore,
     query: torch.Tensor,

@@ -2,9 +2,11 @@
 
 Most answers continue the prompt in the most direct way. So that way is read along with the prompt: where it is what the
 model would have chosen, token by token, and the number ends there, greedy decoding would have said the same, and its
-dozen steps are saved. All other items are decoded.
+dozen steps are saved. Where the model would have turned off to another number, decoding would have found that one. All
+other items are decoded.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moa.evaluation.likelihood import logits_at
-from moa.evaluation.tasks import RetrievalTask, TaskItem, score
+from moa.evaluation.tasks import NUMBER, RetrievalTask, TaskItem, score
 
 MakeCache = Callable[[int], Any]
 
@@ -56,8 +58,10 @@ def scores(
                 together = alike[first : first + rows]
                 prompts = np.stack([np.concatenate([items[index].prompt_ids, said[index]]) for index in together])
                 texts = _continued(model, tokenizer, prompts, length, make_cache(total))
-                for index, text in zip(together, texts, strict=True):
-                    if text is not None and score(text, items[index].answers) == 1:
+                for index, (text, more) in zip(together, texts, strict=True):
+                    if more and _leads_elsewhere(text, items[index].answers):
+                        result[index] = 0
+                    elif not more and score(text, items[index].answers) == 1:
                         result[index] = 1
     open_ = np.flatnonzero(np.isnan(result))
     for first in range(0, len(open_), rows):
@@ -78,23 +82,37 @@ def scores(
 @torch.no_grad()
 def _continued(
     model: Any, tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, length: int, cache: Any
-) -> list[str | None]:
-    """What greedy decoding says first, where that is what ids [rows, tokens] hold after ``length``; else None.
+) -> list[tuple[str, bool]]:
+    """What greedy decoding says first, as far as ids [rows, tokens] after ``length`` say the same, and one token more;
+    and whether the last number in it may go on.
 
-    Two tokens more are looked at, to see where the number ends.
+    Where they say the same to the end, two tokens more are looked at, to see where the number ends.
     """
     batch = torch.as_tensor(ids, device=model.device)
     positions = torch.arange(length - 1, batch.shape[1], device=model.device)
     chosen = logits_at(model, batch, positions, past_key_values=cache, use_cache=True).argmax(-1)
-    followed = (chosen[:, :-1] == batch[:, length:]).all(1).tolist()
-    if not any(followed):
-        return [None] * len(ids)
-    after = model(chosen[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    texts: list[str | None] = []
-    for right, row in zip(followed, torch.cat([chosen, after], 1).tolist(), strict=True):
-        text = str(tokenizer.decode(row, skip_special_tokens=True))
-        texts.append(text if right and not text[-1:].isdigit() else None)
+    alike = (chosen[:, :-1] == batch[:, length:]).long().cumprod(1).sum(1).tolist()
+    answer = batch.shape[1] - length
+    if answer in alike:
+        after = model(chosen[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        chosen = torch.cat([chosen, after], 1)
+    texts = []
+    for count, row in zip(alike, chosen.tolist(), strict=True):
+        whole = count == answer
+        text = str(tokenizer.decode(row if whole else row[: count + 1], skip_special_tokens=True))
+        texts.append((text, not whole or text[-1:].isdigit()))
     return texts
+
+
+def _leads_elsewhere(text: str, answers: Sequence[str]) -> bool:
+    """Whether the first number of a text, which may go on at its end, cannot become the one answer."""
+    found = NUMBER.search(text)
+    if found is None or len(answers) > 1:
+        return False
+    rest = text[found.end() :]
+    if rest == "." or re.fullmatch(r"(,\d{0,2})?", rest):  # "12", "12,", "12,3"
+        return not answers[0].startswith((found[0] + rest).replace(",", "").rstrip("."))
+    return found[0].replace(",", "") != answers[0]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:

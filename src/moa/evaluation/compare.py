@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -29,7 +29,8 @@ from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
 from moa.runtime import apply
-from moa.search.calibrate import CalibrateConfig, CalibrationItem, calibrate
+from moa.search.calibrate import RETRIEVAL as RETRIEVAL_ANSWERS
+from moa.search.calibrate import SUMMARY, CalibrateConfig, CalibrationItem, calibrate
 
 PERPLEXITY = "perplexity"
 ANSWER_PERPLEXITY = "answer_perplexity"
@@ -38,8 +39,10 @@ KV_MB = "kv_mb"
 SPEED = "tokens_per_s"
 TASKS = (*RETRIEVAL, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL)
 
-# Prompts of one length are answered together, up to this many tokens.
-_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+# Prompts of one length are answered together, up to this many tokens; on a GPU no more than half of its free memory
+# takes, at a token's keys and values and so many times its hidden state.
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 262_144}
+_HIDDEN_STATES = 40
 # Rounds of decode steps: the first warms up, the median of the others counts.
 _ROUNDS = 6
 # Depths of a text and positions in it are reported in so many parts.
@@ -60,7 +63,7 @@ class EvaluateConfig:
     items : int
         Prompts of each retrieval task and length.
     tasks : tuple of str
-        Of `TASKS`.
+        Of `TASKS`; ``lines@2048`` is measured at that length only.
     chunks : int
         Stretches of text, of N tokens each, for the perplexity.
     decode_steps : int
@@ -75,6 +78,11 @@ class EvaluateConfig:
     chunks: int = 4
     decode_steps: int = 16
     seed: int = 0
+
+    def tasks_at(self, length: int) -> tuple[str, ...]:
+        """The tasks that are measured at one of the lengths."""
+        split = (task.partition("@") for task in self.tasks)
+        return tuple(task for task, at, only in split if not at or only == str(length))
 
 
 @dataclass(frozen=True)
@@ -137,19 +145,34 @@ def evaluate(
     PlanError
         If a plan does not fit the model.
     """
+    return measure(loaded, prepare(loaded, plans, config), plans, config, progress)
+
+
+def prepare(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig) -> list["Measures"]:
+    """The prompts and texts of every length, by rising length; errors as in `evaluate`."""
     _check(loaded, plans, config)
-    lengths = sorted(set(config.lengths))
-    measures = [_Measures(loaded, config, length) for length in lengths]  # what cannot be measured shows at once
+    return [Measures(loaded, config, length) for length in sorted(set(config.lengths))]
+
+
+def measure(
+    loaded: LoadedModel,
+    measures: Sequence["Measures"],
+    plans: Mapping[str, Plan | None],
+    config: EvaluateConfig,
+    progress: Progress = SILENT,
+) -> list[Row]:
+    """What `evaluate` returns, for prompts and texts that are `prepare`d."""
     rows = []
-    work = [(measure, task, name) for measure in measures for task in (*config.tasks, KV_MB) for name in plans]
-    for measure, task, name in progress.track(work, "Evaluating"):
+    work = [(at, task, name) for at in measures for task in (*config.tasks_at(at.length), KV_MB) for name in plans]
+    for at, task, name in progress.track(work, "Evaluating"):
         plan = plans[name]
-        values, parts = measure.of(task, plan)
-        density = 1.0 if plan is None else plan.density(measure.length)
-        rows.append(_row(name, density, task, measure.length, values, parts))
+        values, parts = at.of(task, plan)
+        density = 1.0 if plan is None else plan.density(at.length)
+        rows.append(_row(name, density, task, at.length, values, parts))
     if config.decode_steps:
-        for name, per_second in _decode_speeds(loaded, plans, measures[-1].chunks[0], config.decode_steps).items():
-            plan, length = plans[name], lengths[-1]
+        longest = measures[-1]
+        for name, per_second in _decode_speeds(loaded, plans, longest.chunks[0], config.decode_steps).items():
+            plan, length = plans[name], longest.length
             rows.append(_row(name, 1.0 if plan is None else plan.density(length), SPEED, length, per_second, ()))
     return rows
 
@@ -162,6 +185,29 @@ def effective_length(rows: Sequence[Row], method: str, task: str = "passkey", sh
             break
         longest = row.length
     return longest
+
+
+def effective_lengths(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Effective context length of each method for passkeys, beside the mean span there: method, length, mean_span."""
+    found = []
+    for method in dict.fromkeys(row.method for row in rows if row.task == "passkey"):
+        length = effective_length(rows, method)
+        density = next((row.density for row in rows if (row.method, row.length) == (method, length)), 0.0)
+        found.append({"method": method, "length": length, "mean_span": round(density * length)})
+    return found
+
+
+def in_order(rows: Iterable[Row], methods: Sequence[str]) -> list[Row]:
+    """Rows measured method by method, as `evaluate` returns them."""
+    tasks = [*TASKS, KV_MB]
+    order = {method: index for index, method in enumerate(methods)}
+    return sorted(
+        rows,
+        key=lambda row: (
+            (math.inf, 0) if row.task == SPEED else (row.length, tasks.index(row.task)),
+            order[row.method],
+        ),
+    )
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -183,6 +229,7 @@ def to_json(rows: Sequence[Row], command: str, model: str, device: Mapping[str, 
         "command": command,
         "device": dict(device),
         "model": model,
+        "effective_length": effective_lengths(rows),
         "rows": [{**asdict(row), "parts": [None if math.isnan(part) else part for part in row.parts]} for row in rows],
     }
 
@@ -192,12 +239,22 @@ def to_markdown(rows: Sequence[Row], command: str, device: Mapping[str, Any]) ->
     headings, lines = _pivot(rows)
     ruler = ["---" if heading == "method" else "---:" for heading in headings]
     text = ["| " + " | ".join(cells) + " |" for cells in (headings, ruler, *lines)]
+    effective = [
+        f"{found['method']} {found['length']:,} tokens with {found['mean_span']:,} stored ({_times(found)})"
+        for found in effective_lengths(rows)
+    ]
+    if effective:
+        text += ["", f"Effective context length (passkey at least 0.9 up to there): {'; '.join(effective)}."]
     machine = ", ".join(f"{key} {value}" for key, value in device.items())
     return "\n".join([*text, "", f"Made by `{command}` on {machine}.", ""])
 
 
-def device_info(device: torch.device) -> dict[str, Any]:
-    """What a measured number depends on besides the code."""
+def _times(found: Mapping[str, Any]) -> str:
+    return f"{found['length'] / max(1, found['mean_span']):.1f} x"
+
+
+def device_info(devices: Sequence[str]) -> dict[str, Any]:
+    """What a measured number depends on besides the code; ``devices`` as for `moa.models.load_model`."""
     info: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -207,8 +264,9 @@ def device_info(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if device.type == "cuda":
-        info["gpu"] = torch.cuda.get_device_name(device)
+    if torch.cuda.is_available() and "cpu" not in devices:
+        names = [torch.cuda.get_device_name("cuda" if device == "auto" else device) for device in devices]
+        info["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return info
 
 
@@ -251,9 +309,12 @@ def _row(name: str, density: float, task: str, length: int, values: Sequence[flo
 def _check(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig) -> None:
     if not plans or not config.lengths or config.items < 1 or config.chunks < 1:
         raise InputError("an evaluation needs at least one method, one length, one item and one chunk of text")
-    for task in config.tasks:
+    for entry in config.tasks:
+        task, at, only = entry.partition("@")
         if task not in TASKS:
             raise InputError(f"unknown task {task!r}; expected {', '.join(TASKS)}")
+        if at and only not in map(str, config.lengths):
+            raise InputError(f"task {entry!r} asks for a length that is none of {config.lengths}")
     if max(config.lengths) > loaded.context_length:
         raise InputError(
             f"length {max(config.lengths):,} is beyond the context of {loaded.name}, {loaded.context_length:,} tokens; "
@@ -269,7 +330,7 @@ def _check(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: Evalua
             plan.check_fits(loaded.identity)
 
 
-class _Measures:
+class Measures:
     """The prompts and texts of one length, and what a method makes of them."""
 
     def __init__(self, loaded: LoadedModel, config: EvaluateConfig, length: int):
@@ -280,12 +341,13 @@ class _Measures:
             task: RETRIEVAL[task].make(
                 loaded.tokenizer, text, length - RETRIEVAL[task].new_tokens, config.items, config.seed
             )
-            for task in config.tasks
+            for task in config.tasks_at(length)
             if task in RETRIEVAL
         }
         self.answers: list[CalibrationItem] = []
-        if {ANSWER_PERPLEXITY, ANSWER_KL} & set(config.tasks):
-            settings = CalibrateConfig((length,), _ANSWER_ITEMS, seed=_ANSWER_SEED + config.seed)
+        if {ANSWER_PERPLEXITY, ANSWER_KL} & set(config.tasks_at(length)):
+            sources = (RETRIEVAL_ANSWERS, SUMMARY)
+            settings = CalibrateConfig((length,), _ANSWER_ITEMS, sources, seed=_ANSWER_SEED + config.seed)
             self.answers = [item for items in calibrate(loaded, text, settings).items.values() for item in items]
 
     def of(self, task: str, plan: Plan | None) -> tuple[list[float], tuple[float, ...]]:
@@ -306,7 +368,7 @@ class _Measures:
                 RETRIEVAL[task],
                 items,
                 lambda length: _empty_cache(self.loaded, plan, length),
-                _BATCH_TOKENS.get(self.loaded.model.device.type, _BATCH_TOKENS["cpu"]),
+                _batch_tokens(self.loaded),
             )
         fifth = np.minimum([int(item.depth * _PARTS) for item in items], _PARTS - 1)
         by_depth = (values[fifth == part] for part in range(_PARTS))
@@ -321,6 +383,19 @@ class _Measures:
             return float(-found.gather(1, answer[:, None]).mean())
         dense = answer_log_probs(self.loaded.model, item)
         return float((dense.exp() * (dense - found)).sum(-1).mean())
+
+
+def _batch_tokens(loaded: LoadedModel) -> int:
+    device = loaded.model.device
+    most = _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"])
+    if device.type != "cuda":
+        return most
+    identity, size = loaded.identity, loaded.model.dtype.itemsize
+    stored = 2 * identity.layers * identity.kv_heads * identity.head_dim * size
+    hidden = loaded.model.config.get_text_config(decoder=True).hidden_size * size
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(most, free // 2 // (stored + _HIDDEN_STATES * hidden))
 
 
 def _in_force(loaded: LoadedModel, plan: Plan | None) -> AbstractContextManager[Any]:

@@ -67,7 +67,7 @@ _NOUNS = (
     "raven shovel temple uncle valley window anchor basket cactus desert elbow forest guitar hornet"
 )
 
-_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def score(prediction: str, answers: Sequence[str]) -> float:
 
     Commas between thousands do not matter.
     """
-    found = [number.replace(",", "") for number in _NUMBER.findall(prediction)[: len(answers)]]
+    found = [number.replace(",", "") for number in NUMBER.findall(prediction)[: len(answers)]]
     return len(set(found) & set(answers)) / len(answers)
 
 

@@ -1,9 +1,9 @@
 """Stage 1: items with long-range dependencies, answered by the dense model itself.
 
-Two sources. *Retrieval*: a few facts hidden in real text, and a question about one of them. *Summary*: several passages
-to be summarised together. Only the answers carry loss, and an answer is what the dense model writes, so that profiling
-measures what this model would lose, not how it differs from another writer (arXiv 2406.14909, "long-range dependency"
-and "model alignment").
+Three sources. *Retrieval*: a few facts hidden in real text, and a question about one of them. *Summary*: several
+passages to be summarised together. Only the answers carry loss, and an answer is what the dense model writes, so that
+profiling measures what this model would lose, not how it differs from another writer (arXiv 2406.14909, "long-range
+dependency" and "model alignment"). *Text*: real text, of which the end carries loss, for plain prediction.
 """
 
 import os
@@ -25,10 +25,13 @@ from moa.search.text import TokenStream
 
 RETRIEVAL = "retrieval"
 SUMMARY = "summary"
-SOURCES = (RETRIEVAL, SUMMARY)
+TEXT = "text"
+SOURCES = (RETRIEVAL, SUMMARY, TEXT)
 
 # An answer to a retrieval question ends with the model's turn, or here.
 _RETRIEVAL_ANSWER = 24
+# At the end of a stretch of text so many tokens carry loss, or a quarter of it.
+_TEXT_ANSWER = 128
 # Questions asked for each one needed; then what is missing is filled up with right answers that the model did not give.
 _TRIES = 4
 # Prompts of one length are answered together, up to this many tokens: decoding one by one would cost as much again.
@@ -176,7 +179,7 @@ class CalibrateConfig:
 
     lengths: tuple[int, ...]
     items: int = 8
-    sources: tuple[str, ...] = SOURCES
+    sources: tuple[str, ...] = (RETRIEVAL, TEXT)
     answer_tokens: int = 64
     seed: int = 0
 
@@ -203,7 +206,7 @@ def calibrate(loaded: LoadedModel, text: str, config: CalibrateConfig, progress:
     """
     stream = TokenStream.of(loaded.tokenizer, text)
     _check(loaded, stream, config)
-    makers = {RETRIEVAL: _retrieval, SUMMARY: _summary}
+    makers = {RETRIEVAL: _retrieval, SUMMARY: _summary, TEXT: _text}
     cells = [(length, source) for length in sorted(set(config.lengths)) for source in config.sources]
     items = {}
     for length, source in progress.track(cells, "Calibrating"):
@@ -217,7 +220,7 @@ def _check(loaded: LoadedModel, stream: TokenStream, config: CalibrateConfig) ->
         raise InputError("calibration needs at least one length, one source, one item and one answer token")
     for source in config.sources:
         if source not in SOURCES:
-            raise InputError(f"unknown calibration source {source!r}; expected {' or '.join(SOURCES)}")
+            raise InputError(f"unknown calibration source {source!r}; expected one of {', '.join(SOURCES)}")
     longest = max(config.lengths)
     if longest > loaded.context_length:
         raise InputError(
@@ -353,6 +356,23 @@ def _summary(
     ]
 
 
+def _text(
+    loaded: LoadedModel,
+    stream: TokenStream,
+    length: int,
+    config: CalibrateConfig,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[CalibrationItem]:
+    """Stretches of the text, each with the tokenizer's first token."""
+    first = _ids(loaded.tokenizer, "", special=True)
+    start = length - min(_TEXT_ANSWER, length // 4)
+    return [
+        CalibrationItem(np.concatenate([first, stream.draw(length - len(first), rng)]), start)
+        for _ in range(config.items)
+    ]
+
+
 @torch.no_grad()
 def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool = False) -> Iterator[np.ndarray]:
     """The model's own answers to prompts of one length, each int64 [up to ``tokens``].
@@ -379,8 +399,8 @@ def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool
             yield answer[: ends[0] + 1] if len(ends) else answer
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> np.ndarray:
+    return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int64)
 
 
 def _room(source: str, length: int, taken: int) -> int:

@@ -111,7 +111,8 @@ class _InfluenceAttention(torch.autograd.Function):
         if not _kernels_take(query, collector.backend):
             out = _Strips(query, key, value, options, collector.strip).forward()
         else:
-            out, lse = _kernels().influence_forward(*_contiguous_rows(query, key, value), *_arguments(options))
+            with torch.cuda.device_of(query):
+                out, lse = _kernels().influence_forward(*_contiguous_rows(query, key, value), *_arguments(options))
         ctx.save_for_backward(query, key, value, out, lse)  # out unrounded: R_i from half precision is too coarse
         return out.to(query.dtype)
 
@@ -124,15 +125,16 @@ class _InfluenceAttention(torch.autograd.Function):
             strips = _Strips(query, key, value, options, ctx.collector.strip)
             d_query, d_key, d_value, table = strips.backward(out, d_out, estimator)
         else:
-            d_query, d_key, d_value, table = _kernels().influence_backward(
-                *_contiguous_rows(query, key, value),
-                out,
-                lse,
-                *_contiguous_rows(d_out.to(query.dtype)),
-                estimator is Estimator.JOINT,
-                window_count(query.shape[1]),
-                *_arguments(options),
-            )
+            with torch.cuda.device_of(query):
+                d_query, d_key, d_value, table = _kernels().influence_backward(
+                    *_contiguous_rows(query, key, value),
+                    out,
+                    lse,
+                    *_contiguous_rows(d_out.to(query.dtype)),
+                    estimator is Estimator.JOINT,
+                    window_count(query.shape[1]),
+                    *_arguments(options),
+                )
         ctx.collector.add(ctx.layer, table)
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 

@@ -59,7 +59,8 @@ class RuleGrid:
 
         Constant spans, finer where they are short, from the shortest there is; and alpha + beta * N, with beta in
         steps of 1/32 up to 1/4 and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to
-        ``longest / 2``. The full rule (0, 1) is one of them.
+        ``longest / 2``. The full rule (0, 1) is one of them. Rules ``2 N - L`` see all from L on and little at L / 2:
+        where a budget has room for few full heads at short lengths, and for more at long ones.
         """
         shortest = sink + block
         steps = {step * block << power for power in range(longest.bit_length()) for step in (2, 3)}
@@ -69,7 +70,8 @@ class RuleGrid:
             for part in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
             for sign in (-1, 1)
         }
-        return cls(_product(constants, [0.0]) + _product(sorted(shifts), _SLOPES))
+        switches = [-block * round(longest * part / block) for part in (1, 1 / 2)]
+        return cls(_product(constants, [0.0]) + _product(sorted(shifts), _SLOPES) + _product(switches, [2.0]))
 
 
 def _product(alphas: Iterable[float], betas: Iterable[float]) -> tuple[ElasticRule, ...]:
@@ -178,7 +180,7 @@ def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress:
     lengths = tuple(tables)
     extra = (2 * lengths[-1],) if config.lengths_constrained is None else config.lengths_constrained
     grid = config.grid or RuleGrid.scaled(lengths[-1], config.sink, config.block)
-    rules = _Rules.of(grid, sorted({*lengths, *extra}), config)
+    rules = Rules.of(grid, sorted({*lengths, *extra}), config)
     cost = np.stack([rules.losses(length, tables, config) for length in lengths])
     unprofiled = [rules.losses(length, tables, config) for length in rules.spans if length not in tables]
     search = _Search(cost, np.sum(unprofiled, axis=0) if unprofiled else None, rules, config)
@@ -225,7 +227,7 @@ def _density(total_span: float, heads: int, length: int) -> float:
     return float(total_span / heads / length)
 
 
-def _largest_total(density: float, heads: int, length: int) -> int:
+def largest_total(density: float, heads: int, length: int) -> int:
     """The most tokens that all heads may store together, so that their density is not above ``density``."""
     total = int(density * heads * length) + 1
     while _density(total, heads, length) > density:
@@ -234,7 +236,7 @@ def _largest_total(density: float, heads: int, length: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Rules:
+class Rules:
     """Rules that differ at some constrained length, by rising cost: alpha, beta [rules], spans[N] int64 [rules]."""
 
     alpha: np.ndarray
@@ -242,7 +244,7 @@ class _Rules:
     spans: dict[int, np.ndarray]
 
     @classmethod
-    def of(cls, grid: RuleGrid, lengths: Sequence[int], config: OptimizeConfig) -> "_Rules":
+    def of(cls, grid: RuleGrid, lengths: Sequence[int], config: OptimizeConfig) -> "Rules":
         alpha = np.array([rule.alpha for rule in grid.rules])
         beta = np.array([rule.beta for rule in grid.rules])
         if not (np.isfinite(alpha).all() and np.isfinite(beta).all()):
@@ -282,13 +284,13 @@ class _Search:
     lengths that are constrained but not profiled, None if there are none.
     """
 
-    def __init__(self, cost: np.ndarray, guess: np.ndarray | None, rules: _Rules, config: OptimizeConfig):
+    def __init__(self, cost: np.ndarray, guess: np.ndarray | None, rules: Rules, config: OptimizeConfig):
         self.cost, self.guess, self.config = cost, guess, config
         self.objectives, layers, heads, _ = cost.shape
         limit = config.rules_per_layer
         self.rules_per_layer = None if limit is None or limit >= heads else limit
         self.spans = np.stack(list(rules.spans.values())).astype(np.float64)  # [lengths, rules]
-        totals = [_largest_total(config.density, layers * heads, length) for length in rules.spans]
+        totals = [largest_total(config.density, layers * heads, length) for length in rules.spans]
         self.budgets = np.array(totals, dtype=np.float64)
         _refuse_tight_budget(rules.spans, self.budgets, config.density, layers * heads)
         self.lengths = np.array(list(rules.spans))

@@ -1,6 +1,6 @@
-"""The four stages in order, in a run directory that remembers what is done.
+"""The five stages in order, in a run directory that remembers what is done.
 
-    text -> calibrate -> profile -> optimize -> validate -> plan
+    text -> calibrate -> profile -> optimize -> refine -> validate -> plan
 
 Each stage is a function from the last stage's result to the next. Its result lies in a folder of its own beside a
 manifest, whose key is a hash of everything the result depends on, the key of the stage before included. A stage whose
@@ -11,7 +11,7 @@ on it and nothing else.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +28,12 @@ from moa.search.calibrate import CalibrateConfig, CalibrationSet, calibrate
 from moa.search.influence import Estimator
 from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, kv_losses, profile
+from moa.search.refine import refine
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
+DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 0.5}
 _SHORTEST = SINK + BLOCK  # span
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
@@ -49,15 +51,15 @@ class DataConfig:
     items, validation_items : int
         Items per length and source.
     weights : dict
-        Calibration sources, and the weight of each one's loss table in the sum.
+        Calibration sources, and what each one counts, in loss tables and in measured losses.
     seed : int
     """
 
     lengths: tuple[int, ...] | None = None
     validation_length: int | None = None
-    items: int = 8
-    validation_items: int = 4
-    weights: Mapping[str, float] = field(default_factory=lambda: {"retrieval": 1.0, "summary": 1.0})
+    items: int = 16
+    validation_items: int = 8
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     seed: int = 0
 
     def resolved(self, context_length: int) -> "DataConfig":
@@ -101,6 +103,8 @@ class BudgetConfig:
         "scaled", "paper", "proportional" or "binary"; see `moa.search.optimize.RuleGrid`.
     points : int
         Cuts of each objective's range.
+    evaluations : int
+        Plans to measure in the refine stage; 0 leaves it out.
     """
 
     density: float = 0.5
@@ -108,6 +112,32 @@ class BudgetConfig:
     rules_per_layer: int | None = None
     grid: str = "scaled"
     points: int = 5
+    evaluations: int = 900
+
+    def config(self, lengths: Iterable[int]) -> OptimizeConfig:
+        """What the optimizer takes, for these profile lengths.
+
+        Raises
+        ------
+        InputError
+            If there is no such grid.
+        """
+        longest = max(lengths)
+        grids = {
+            "scaled": RuleGrid.scaled(longest),
+            "paper": RuleGrid.paper(),
+            "proportional": RuleGrid.proportional(),
+            "binary": RuleGrid.binary(),
+        }
+        if self.grid not in grids:
+            raise InputError(f"unknown grid {self.grid!r}; expected one of {sorted(grids)}")
+        return OptimizeConfig(
+            density=self.density,
+            lengths_constrained=(2 * longest,) if self.constrained is None else self.constrained,
+            rules_per_layer=self.rules_per_layer,
+            points=self.points,
+            grid=grids[self.grid],
+        )
 
 
 class Run:
@@ -220,11 +250,10 @@ def run_optimize(
 ) -> tuple[list[Plan], str]:
     """Third stage: Pareto plans for ``model`` within the budget; ``weights`` mix the calibration sources."""
     check_density(budget.density)
-    inputs = {"profile": upstream, "weights": dict(weights), "budget": asdict(budget)}
+    inputs = {"profile": upstream, "weights": dict(weights), "budget": _without_evaluations(budget)}
 
     def compute(folder: Path) -> list[Plan]:
         losses = kv_losses(tables, model.kv_heads, weights)
-        longest = max(losses)
         for length in sorted(losses):
             if budget.density * length < 1.5 * _SHORTEST:
                 run.progress.say(
@@ -232,34 +261,19 @@ def run_optimize(
                     f"average, and the shortest span is {_SHORTEST}: that leaves little to choose, and binds longer "
                     "lengths too; consider longer --lengths"
                 )
-        grids = {
-            "scaled": RuleGrid.scaled(longest),
-            "paper": RuleGrid.paper(),
-            "proportional": RuleGrid.proportional(),
-            "binary": RuleGrid.binary(),
-        }
-        if budget.grid not in grids:
-            raise InputError(f"unknown grid {budget.grid!r}; expected one of {sorted(grids)}")
-        config = OptimizeConfig(
-            density=budget.density,
-            lengths_constrained=(2 * longest,) if budget.constrained is None else budget.constrained,
-            rules_per_layer=budget.rules_per_layer,
-            points=budget.points,
-            grid=grids[budget.grid],
-        )
         plans = [
             Plan.from_arrays(
                 model,
                 found.alpha,
                 found.beta,
                 provenance={
-                    "budget": asdict(budget),
+                    "budget": _without_evaluations(budget),
                     "predicted_losses": {str(length): loss for length, loss in found.losses.items()},
                     "densities": {str(length): density for length, density in found.densities.items()},
                     "solver_gap": found.gap,
                 },
             )
-            for found in optimize(losses, config, run.progress)
+            for found in optimize(losses, budget.config(losses), run.progress)
         ]
         write_json(folder / "plans.json", [plan.to_dict() for plan in plans])
         return plans
@@ -267,26 +281,65 @@ def run_optimize(
     return run.stage("optimize", inputs, _load_plans, compute)
 
 
+def run_refine(
+    run: Run,
+    loaded: LoadedModel,
+    calibration: Calibration,
+    tables: Profile,
+    plans: list[Plan],
+    upstream: str,
+    weights: Mapping[str, float],
+    budget: BudgetConfig,
+) -> tuple[list[Plan], str]:
+    """Fourth stage: the optimizer's plans, and one that was improved by measurement; resumes sweep by sweep."""
+    inputs = {"optimize": upstream, "evaluations": budget.evaluations}
+    if not budget.evaluations:
+        return plans, upstream
+
+    def compute(folder: Path) -> list[Plan]:
+        losses = kv_losses(tables, loaded.identity.kv_heads, weights)
+        config = budget.config(losses)
+        partial = folder / f"measured-{upstream}.json"
+        found = refine(loaded, losses, calibration.profile, weights, config, budget.evaluations, run.progress, partial)
+        plan = Plan.from_arrays(loaded.identity, found.alpha, found.beta)
+        lengths = plans[0].provenance["densities"]
+        provenance = {
+            "budget": _without_evaluations(budget),
+            "densities": {length: plan.density(int(length)) for length in lengths},
+            "refined": {"loss": found.loss, "start": found.start, "evaluations": found.evaluations},
+        }
+        result = [*plans, replace(plan, provenance=provenance)]
+        write_json(folder / "plans.json", [plan.to_dict() for plan in result])
+        return result
+
+    return run.stage("refine", inputs, _load_plans, compute)
+
+
 def run_validate(
-    run: Run, loaded: LoadedModel, plans: list[Plan], items: CalibrationSet, upstream: str
+    run: Run,
+    loaded: LoadedModel,
+    plans: list[Plan],
+    items: CalibrationSet,
+    upstream: str,
+    weights: Mapping[str, float],
 ) -> tuple[Plan, list[ValidationRow]]:
-    """Last stage: every Pareto plan on held-out items; the plan that wins, with its provenance."""
+    """Last stage: every plan on held-out items; the plan that wins, with its provenance."""
 
     def compute(folder: Path) -> list[ValidationRow]:
-        rows = validate(loaded, plans, items, run.progress)
+        rows = validate(loaded, plans, items, weights, run.progress)
         write_json(folder / "table.json", [asdict(row) for row in rows])
         return rows
 
     def read(folder: Path) -> list[ValidationRow]:
         return [ValidationRow(**row) for row in read_json(folder / "table.json")]
 
-    rows, _ = run.stage("validate", {"optimize": upstream}, read, compute)
+    rows, _ = run.stage("validate", {"plans": upstream, "weights": dict(weights)}, read, compute)
     winner = best(rows)
     made_from = {
         "calibration": {name: value for name, value in run.finished("calibrate")[0].items() if name != "model"},
         "estimator": run.finished("profile")[0]["estimator"],
-        "weights": run.finished("optimize")[0]["weights"],
-        "validation": {"dense": rows[0].loss, "plan": winner.loss, "candidates": len(plans)},
+        "weights": dict(weights),
+        "validation": {"loss": winner.loss, **winner.by_source, "candidates": len(plans)},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     chosen = plans[winner.plan]
@@ -302,7 +355,7 @@ def search(
     estimator: Estimator = Estimator.JOINT,
     progress: Progress = SILENT,
 ) -> Plan:
-    """Find a plan for a model: all four stages, resuming what ``folder`` already holds.
+    """Find a plan for a model: all five stages, resuming what ``folder`` already holds.
 
     Parameters
     ----------
@@ -318,7 +371,7 @@ def search(
     Returns
     -------
     Plan
-        The Pareto plan with the lowest held-out loss.
+        The plan with the lowest held-out loss.
     """
     data, budget = data or DataConfig(), budget or BudgetConfig()
     check_density(budget.density)  # before the long stages
@@ -326,7 +379,8 @@ def search(
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)
     plans, key = run_optimize(run, tables, key, loaded.identity, data.weights, budget)
-    plan, _ = run_validate(run, loaded, plans, calibration.validation, key)
+    plans, key = run_refine(run, loaded, calibration, tables, plans, key, data.weights, budget)
+    plan, _ = run_validate(run, loaded, plans, calibration.validation, key, data.weights)
     return plan
 
 
@@ -355,10 +409,29 @@ def profiled(run: Run) -> tuple[Profile, str, ModelIdentity]:
     return _load_profile(run.folder / "profile"), key, ModelIdentity(**run.finished("calibrate")[0]["model"])
 
 
-def optimized(run: Run) -> tuple[list[Plan], str]:
-    """The finished optimize stage and its key."""
-    _, key = run.finished("optimize")
-    return _load_plans(run.folder / "optimize"), key
+def optimized(run: Run) -> tuple[list[Plan], str, dict[str, float], BudgetConfig]:
+    """The finished optimize stage, its key, and the weights and budget it was run with."""
+    inputs, key = run.finished("optimize")
+    return _load_plans(run.folder / "optimize"), key, inputs["weights"], _budget(inputs["budget"])
+
+
+def refined(run: Run) -> tuple[list[Plan], str, dict[str, float]]:
+    """The plans to validate, their key and weights: the refine stage's, where it was run on the last optimize stage."""
+    plans, key, weights, _ = optimized(run)
+    manifest = run.folder / "refine" / "manifest.json"
+    if manifest.is_file() and run.finished("refine")[0]["optimize"] == key:
+        return _load_plans(run.folder / "refine"), run.finished("refine")[1], weights
+    return plans, key, weights
+
+
+def _without_evaluations(budget: BudgetConfig) -> dict[str, Any]:
+    """What the optimize stage depends on."""
+    return {name: value for name, value in asdict(budget).items() if name != "evaluations"}
+
+
+def _budget(values: Mapping[str, Any]) -> BudgetConfig:
+    constrained = values["constrained"]
+    return BudgetConfig(**{**values, "constrained": None if constrained is None else tuple(constrained)})
 
 
 def _load_profile(folder: Path) -> Profile:

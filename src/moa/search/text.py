@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,9 @@ class TokenStream:
     starts: np.ndarray
 
     @classmethod
+    @lru_cache(maxsize=4)
     def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> "TokenStream":
-        """Tokenise a text paragraph by paragraph."""
+        """Tokenise a text paragraph by paragraph; the same text again is only looked up."""
         paragraphs = [f"{paragraph}\n\n" for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
         pieces = tokenizer(paragraphs, add_special_tokens=False)["input_ids"] if paragraphs else []
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)

@@ -221,7 +221,8 @@ def _row_kernel(
     diagonal = first // BLOCK
     end = tl.cdiv(tl.minimum(first + BLOCK_M, length), BLOCK)
     if WINDOWED:
-        begin = tl.maximum(first - window + 1, 0) // BLOCK
+        # From where the first row of the block begins, whichever rows of it are ours: all must leave the same blocks.
+        begin = tl.maximum(diagonal * BLOCK - window + 1, 0) // BLOCK
         edge = tl.cdiv(tl.maximum(first + BLOCK_M - window, 0), BLOCK)  # from here on every row's window is open
         edge = tl.maximum(tl.minimum(edge, diagonal), begin)
         for b in range(begin, edge):

@@ -1,0 +1,71 @@
+"""An evaluation shared out to several devices: a process each, with its own model, takes method after method."""
+
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.queues import Queue
+from typing import Any
+
+from moa.evaluation.compare import EvaluateConfig, Row, in_order, measure, prepare
+from moa.models import load_model
+from moa.plan import Plan
+from moa.progress import SILENT, Progress
+
+_worker: Any = None  # model, prompts and settings of this process
+
+
+def evaluate_on(
+    devices: Sequence[str],
+    model: str,
+    dtype: str,
+    plans: Mapping[str, Plan | None],
+    config: EvaluateConfig,
+    progress: Progress = SILENT,
+) -> list[Row]:
+    """What `moa.evaluation.compare.evaluate` returns, measured on several devices at once.
+
+    Parameters
+    ----------
+    devices : sequence of str
+        Such as ``cuda:0``, ``cuda:1``; alike, where speed is measured.
+    model, dtype : str
+        As for `moa.models.load_model`.
+
+    Raises
+    ------
+    InputError, PlanError
+        As `evaluate`.
+    """
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for device in devices:
+        free.put(device)
+    with ProcessPoolExecutor(len(devices), context, _start, (free, model, dtype, dict(plans), config)) as pool:
+        waiting = [pool.submit(_measure, name) for name in plans]
+        try:
+            rows = [
+                row
+                for done in progress.track(as_completed(waiting), "Evaluating methods", len(waiting))
+                for row in done.result()
+            ]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return in_order(rows, list(plans))
+
+
+def _start(
+    free: "Queue[str]", model: str, dtype: str, plans: Mapping[str, Plan | None], config: EvaluateConfig
+) -> None:
+    global _worker
+    _worker = free.get(), model, dtype, plans, config
+
+
+def _measure(name: str) -> list[Row]:
+    global _worker
+    if len(_worker) == 5:  # here, since what an initialiser raises does not reach the caller
+        device, model, dtype, plans, config = _worker
+        loaded = load_model(model, dtype, device)
+        _worker = loaded, prepare(loaded, plans, config), plans, config
+    loaded, measures, plans, config = _worker
+    return measure(loaded, measures, {name: plans[name]}, config)

@@ -1,0 +1,153 @@
+"""Refining finds what first-order tables cannot see, within the budget, the same way each time."""
+
+import numpy as np
+import pytest
+
+from moa.plan import ModelIdentity, Plan
+from moa.search import refine as stage
+from moa.search.calibrate import CalibrateConfig, CalibrationItem, CalibrationSet, calibrate
+from moa.search.divergence import Divergence
+from moa.search.influence import window_count
+from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
+from moa.search.refine import refine
+from moa.search.text import default_text
+
+IDENTITY = ModelIdentity("llama", 4, 2, 4, 16, "")
+LENGTH = 2048
+ITEMS = CalibrationSet({(LENGTH, "retrieval"): (CalibrationItem(np.zeros(LENGTH, np.int64), 1),)})
+
+
+class Loaded:
+    identity = IDENTITY
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A model whose heads (0, 0) and (0, 1) stand in for each other: without either one all is lost."""
+    plans = []
+
+    class Known:
+        def __init__(self, loaded, items, weights):
+            assert weights == {"retrieval": 1.0}
+
+        def by_source(self, plan):
+            plans.append(plan)
+            reach = plan.spans(LENGTH) / LENGTH
+            return {"retrieval": 10 * (1 - reach[0].max()) + float((1 - reach[1:]).sum()) * 0.1}
+
+        def total(self, by_source):
+            return by_source["retrieval"]
+
+    monkeypatch.setattr(stage, "Divergence", Known)
+    return plans
+
+
+def tables():
+    """What first order sees of that model: the other heads."""
+    table = np.linspace(1, 0, window_count(LENGTH))[None, None] * np.full((4, 2, 1), 1.0)
+    table[0] *= 0.01
+    return {LENGTH: table}
+
+
+def refined(density=0.3, evaluations=400, partial=None, **config):
+    config = OptimizeConfig(density, points=1, **config)
+    return refine(Loaded(), tables(), ITEMS, {"retrieval": 1.0}, config, evaluations, partial=partial)
+
+
+def plan_of(found):
+    return Plan.from_arrays(IDENTITY, found.alpha, found.beta)
+
+
+@pytest.mark.parametrize("evaluations", [100, 400])
+def test_it_finds_heads_that_stand_in_for_each_other(measured, evaluations):
+    found = refined(evaluations=evaluations)
+    assert found.start > 5, "first order leaves both heads short"
+    assert found.loss < 1.5
+    spans = plan_of(found).spans(LENGTH)
+    assert sorted(spans[0]) == [128, LENGTH]
+    assert all(plan_of(found).density(length) <= 0.3 for length in (LENGTH, 2 * LENGTH))
+    assert found.evaluations <= len(measured) <= evaluations + 30
+
+
+def test_the_result_is_never_worse_than_the_start_and_repeats(measured):
+    for density in (0.1, 0.5, 0.75, 1.0):
+        found, again = refined(density), refined(density)
+        assert found.loss <= found.start
+        assert (found.alpha.tolist(), found.beta.tolist()) == (again.alpha.tolist(), again.beta.tolist())
+        assert plan_of(found).density(LENGTH) <= density
+
+
+def test_an_interrupted_call_goes_on(measured, tmp_path, monkeypatch):
+    whole = refined()
+    count = len(measured)
+    real = stage.Divergence.by_source
+
+    def interrupted(self, plan):
+        if len(measured) == count + 60:
+            raise KeyboardInterrupt
+        return real(self, plan)
+
+    monkeypatch.setattr(stage.Divergence, "by_source", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refined(partial=tmp_path / "measured.json")
+    monkeypatch.setattr(stage.Divergence, "by_source", real)
+    again = refined(partial=tmp_path / "measured.json")
+    assert again.alpha.tolist() == whole.alpha.tolist()
+    assert again.beta.tolist() == whole.beta.tolist()
+    assert len(measured) < 2 * count + 40, "the first sweep was not measured again"
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_layers_keep_to_their_number_of_rules(measured, limit):
+    found = refined(0.5, rules_per_layer=limit)
+    assert all(len(set(zip(*rules, strict=True))) <= limit for rules in zip(found.alpha, found.beta, strict=True))
+
+
+def test_heads_take_rules_of_the_grid(measured):
+    found = refined(0.6, grid=RuleGrid.binary())
+    assert {(alpha, beta) for alpha, beta in zip(found.alpha.flat, found.beta.flat, strict=True)} == {
+        (320.0, 0.0),
+        (0.0, 1.0),
+    }
+
+
+def test_the_optimizer_alone_would_not_do(measured):
+    """The trap is real: no plan of first order reaches what was measured."""
+    plans = optimize(tables(), OptimizeConfig(0.3, points=1))
+    assert all(plan_of(plan).spans(LENGTH)[0].max() < LENGTH for plan in plans)
+
+
+@pytest.fixture(scope="module")
+def divergence(demo_model):
+    items = calibrate(demo_model, default_text().text, CalibrateConfig((320,), 2))
+    return Divergence(demo_model, items, {"retrieval": 1.0, "text": 0.5}), items
+
+
+@pytest.mark.slow
+def test_divergence_is_none_for_dense_and_the_weights_for_the_shortest_spans(divergence, demo_model):
+    measure, _ = divergence
+    dense = measure.by_source(Plan.dense(demo_model.identity))
+    assert set(dense) == {"retrieval", "text"}
+    assert all(abs(loss) < 1e-4 for loss in dense.values())
+    shape = (demo_model.identity.layers, demo_model.identity.kv_heads)
+    shortest = measure.by_source(Plan.from_arrays(demo_model.identity, np.full(shape, 128.0), np.zeros(shape)))
+    assert min(shortest.values()) > 0.01
+    assert measure.total(shortest) == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+def test_divergence_is_the_mean_over_items_of_one_by_one(divergence, demo_model):
+    import torch
+
+    from moa.evaluation.likelihood import answer_log_probs
+    from moa.runtime import apply
+
+    measure, items = divergence
+    plan = Plan.uniform(demo_model.identity, 0.6)
+    losses = []
+    for item in items.items[320, "retrieval"]:
+        dense = answer_log_probs(demo_model.model, item)
+        with apply(demo_model.model, plan):
+            other = answer_log_probs(demo_model.model, item)
+        losses.append(float(torch.nn.functional.kl_div(other, dense, log_target=True, reduction="none").sum(-1).mean()))
+    assert measure.by_source(plan)["retrieval"] == pytest.approx(np.mean(losses), rel=1e-3)
