@@ -93,9 +93,11 @@ def test_stages_one_by_one_give_the_plan_of_the_search(tmp_path, capsys):
     assert run("calibrate", "demo", *data, *common) == 0
     assert run("profile", "demo", *common) == 0
     assert run("optimize", "--density", 0.5, *common) == 0
+    assert run("refine", "demo", "--refine", 9, *common) == 0
+    assert "plans measured" in capsys.readouterr().out
     assert run("validate", "demo", "-o", tmp_path / "a.json", *common) == 0
-    assert "dense" in capsys.readouterr().out
-    assert run("search", "demo", "-o", tmp_path / "b.json", "--density", 0.5, *data, *common) == 0
+    assert "retrieval" in capsys.readouterr().out
+    assert run("search", "demo", "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *data, *common) == 0
     assert moa.Plan.load(tmp_path / "a.json") == moa.Plan.load(tmp_path / "b.json")
     assert capsys.readouterr().err == "", "--quiet is quiet"
 
@@ -119,7 +121,20 @@ def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
 def test_eval_takes_baselines_from_a_search_and_draws(demo_model, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     work = ("--run-dir", tmp_path / "run", "--quiet")
-    sizes = ("--lengths", 512, "--items", 1, "--validation-items", 1, "--validation-length", 576, "--points", 1)
+    sizes = (
+        "--lengths",
+        512,
+        "--items",
+        1,
+        "--validation-items",
+        1,
+        "--validation-length",
+        576,
+        "--points",
+        1,
+        "--refine",
+        0,
+    )
     plan = tmp_path / "plan.json"
     assert run("search", "demo", "-o", plan, "--density", 0.8, *sizes, *work) == 0
     options = ("--tasks", "needle", "--items", 2, "--decode-steps", 0, "--lengths", 512)

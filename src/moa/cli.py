@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moa.errors import InputError, MoAError
+from moa.errors import InfeasibleBudgetError, InputError, MoAError
 
 # typer brings click along, under its own name in newer versions
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -144,7 +144,7 @@ def search(
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
-    points: Points = 5,
+    points: Points = 3,
     refine: Refine = 900,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
@@ -218,7 +218,8 @@ def profile(
     calibration, key = calibrated(run, loaded)
     tables, _ = run_profile(run, loaded, calibration, key, Estimator(estimator.value))
     for (length, name), table in sorted(tables.tables.items()):
-        out.print(f"N = {length}, {name}: {table.shape[0]} layers x {table.shape[1]} heads x {table.shape[2]} windows")
+        counts = zip(table.shape, ("items", "layers", "heads", "windows"), strict=True)
+        out.print(f"N = {length}, {name}: {' x '.join(f'{count} {what}' for count, what in counts)}")
 
 
 @app.command()
@@ -227,25 +228,26 @@ def optimize(
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
-    points: Points = 5,
+    points: Points = 3,
     mixture: Mixture = DEFAULT_MIXTURE,
     run_dir: RunDir = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
-    """Third stage: choose a rule for every KV head within the budget; several Pareto plans."""
+    """Third stage: choose a rule for every KV head within the budget; several plans."""
     from moa.search.pipeline import BudgetConfig, profiled, run_optimize
 
     run = _run(run_dir, quiet)
     tables, key, identity = profiled(run)
     budget = BudgetConfig(density, _numbers(constrained, "--constrained"), rules_per_layer, grid, points)
     plans, _ = run_optimize(run, tables, key, identity, _weights(mixture), budget)
-    table = Table(title=f"{len(plans)} Pareto plans at density {density}")
+    table = Table(title=f"{len(plans)} plans at density {density}")
     lengths = list(plans[0].provenance["predicted_losses"])
     for column in ("plan", *(f"loss at {length}" for length in lengths), "solver gap"):
         table.add_column(column, justify="right")
     for index, plan in enumerate(plans):
         losses = (f"{plan.provenance['predicted_losses'][length]:.4g}" for length in lengths)
-        table.add_row(str(index), *losses, f"{plan.provenance['solver_gap']:.2%}")
+        gap = plan.provenance["solver_gap"]
+        table.add_row(str(index), *losses, "items as a whole" if gap is None else f"{gap:.2%}")
     out.print(table)
 
 
@@ -473,12 +475,17 @@ def evaluate(
     methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
     for name, rules in plans.items():
         rules.check_fits(identity)
-        density = round(max(rules.density(length) for length in wanted), 4)
+        budget = rules.provenance.get("budget", {}).get("density")  # of what it was searched for, if it was
+        density = budget or round(max(rules.density(length) for length in wanted), 4)
         for other in others:
+            label = f"{other} {100 * density:.3g} %"
             if other == "uniform":
-                methods[f"uniform {100 * density:.3g} %"] = Plan.uniform(identity, density)
+                methods[label] = Plan.uniform(identity, density)
             elif other != "dense":
-                methods[f"{other} {100 * density:.3g} %"] = baselines.baseline(other, losses, identity, density)
+                try:
+                    methods[label] = baselines.baseline(other, losses, identity, density)
+                except InfeasibleBudgetError as error:
+                    out.print(f"{label} is left out: {error}", highlight=False)
         methods[f"MoA {name}"] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")

@@ -15,11 +15,13 @@ from moa.evaluation.compare import (
     Row,
     device_info,
     effective_length,
+    effective_lengths,
     evaluate,
     table,
     to_json,
     to_markdown,
 )
+from moa.evaluation.devices import evaluate_on
 from moa.models import LoadedModel
 from tiny_models import tiny_model
 
@@ -101,6 +103,42 @@ def test_the_effective_length_ends_at_the_first_failure():
     assert effective_length(rows, "m") == 8
     assert effective_length(rows, "m", share=0.95) == 2
     assert effective_length(rows, "other") == 0
+
+
+def test_effective_lengths_come_with_the_mean_span():
+    rows = [Row("a", 0.25, "passkey", n, score, 20, 0.0) for n, score in [(4096, 1.0), (2048, 0.95), (8192, 0.8)]]
+    rows += [Row("b", 0.5, "passkey", 2048, 0.1, 20, 0.0), Row("c", 0.5, "perplexity", 2048, 12.0, 4, 0.0)]
+    assert effective_lengths(rows) == [
+        {"method": "a", "length": 4096, "mean_span": 1024},
+        {"method": "b", "length": 0, "mean_span": 0},
+    ]
+    assert "a 4,096 tokens with 1,024 stored (4.0 x)" in to_markdown(rows, "moa eval", {})
+
+
+def test_a_task_can_be_asked_for_at_one_length(loaded):
+    config = EvaluateConfig((256, 320), items=1, tasks=("needle@320", "perplexity"), chunks=1, decode_steps=0)
+    rows = evaluate(loaded, {"dense": None}, config)
+    assert [(row.length, row.task) for row in rows] == [
+        (256, "perplexity"),
+        (256, "kv_mb"),
+        (320, "needle"),
+        (320, "perplexity"),
+        (320, "kv_mb"),
+    ]
+    with pytest.raises(InputError, match="needle@300"):
+        evaluate(loaded, {"dense": None}, EvaluateConfig((320,), tasks=("needle@300",), decode_steps=0))
+
+
+@pytest.mark.slow
+def test_several_devices_measure_what_one_does(demo_model):
+    config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity"), chunks=1, decode_steps=0)
+    plans = {"dense": None, "half": Plan.uniform(demo_model.identity, 0.5)}
+    together = evaluate_on(["cpu", "cpu"], "demo", "float32", plans, config)
+    alone = evaluate(demo_model, plans, config)
+    assert [(row.method, row.task, row.length, row.n) for row in together] == [
+        (row.method, row.task, row.length, row.n) for row in alone
+    ]
+    assert [row.score for row in together] == pytest.approx([row.score for row in alone], rel=1e-4)
 
 
 def test_evaluation_items_share_nothing_with_calibration(loaded):

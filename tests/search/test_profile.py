@@ -124,20 +124,20 @@ def tables_by_definition(loaded, given, estimator):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "opt"])
 def test_the_profile_is_the_definition_applied_to_the_model(model_type, estimator):
     loaded, calibration = tiny(model_type), one()
-    table = profile(loaded, calibration, ProfileConfig(estimator)).tables[300, "retrieval"]
+    table = profile(loaded, calibration, ProfileConfig(estimator)).tables[300, "retrieval"][0]
     expected = tables_by_definition(loaded, calibration.items[300, "retrieval"][0], estimator)
     assert table.shape == expected.shape == (2, 4, 4)
     np.testing.assert_allclose(table, expected, rtol=1e-6, atol=1e-9 * expected.max())
     assert (expected[1, :, 0] > 0).all()
 
 
-def test_tables_are_means_over_the_items_of_a_length_and_source():
+def test_tables_are_those_of_the_items_of_a_length_and_source():
     loaded = tiny()
     whole = profile(loaded, CALIBRATION, ProfileConfig()).tables
     assert whole.keys() == CALIBRATION.items.keys()
     for key, items in CALIBRATION.items.items():
         alone = [profile(loaded, CalibrationSet({key: (i,)}), ProfileConfig()).tables[key] for i in items]
-        np.testing.assert_allclose(whole[key], np.mean(alone, axis=0))
+        np.testing.assert_allclose(whole[key], np.concatenate(alone))
 
 
 def test_layers_are_computed_again_instead_of_being_stored():
@@ -278,7 +278,7 @@ def test_log_odds_do_not_saturate_where_the_model_is_sure():
 
 def test_a_profile_survives_the_disk(tmp_path):
     tables = {
-        (length, source): np.random.rand(2, 4, 3) for length in (4096, 256) for source in ("retrieval", "summary")
+        (length, source): np.random.rand(5, 2, 4, 3) for length in (4096, 256) for source in ("retrieval", "summary")
     }
     Profile(tables).save(tmp_path / "profile.safetensors")
     loaded = Profile.load(tmp_path / "profile.safetensors").tables
@@ -296,25 +296,25 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path):
 def test_sources_count_by_weight_whatever_their_scale():
     rng = np.random.default_rng(0)
     tables = {
-        (n, s): rng.random((3, 4, n // 64 - 1)) * scale for n in (256, 512) for s, scale in (("a", 1), ("b", 1e6))
+        (n, s): rng.random((5, 3, 4, n // 64 - 1)) * scale for n in (256, 512) for s, scale in (("a", 1), ("b", 1e6))
     }
     losses = kv_losses(Profile(tables), 2, {"a": 1.0, "b": 0.3})
     assert {length: table.shape for length, table in losses.items()} == {256: (3, 2, 3), 512: (3, 2, 7)}
     for length, table in losses.items():
         assert table[:, :, 0].sum() == pytest.approx(1.3)
         by_hand = sum(
-            weight * tables[length, source][1, 2:].sum(0) / tables[length, source][:, :, 0].sum()
+            weight * tables[length, source][:, 1, 2:].sum((0, 1)) / tables[length, source][..., 0].sum()
             for source, weight in (("a", 1.0), ("b", 0.3))
         )
         np.testing.assert_allclose(table[1, 1], by_hand)
 
 
 def test_a_length_that_one_window_covers_costs_nothing():
-    assert (kv_losses(Profile({(128, "a"): np.zeros((2, 2, 1))}), 2, {"a": 1.0})[128] == 0).all()
+    assert (kv_losses(Profile({(128, "a"): np.zeros((3, 2, 2, 1))}), 2, {"a": 1.0})[128] == 0).all()
 
 
 def test_weights_and_heads_must_fit_the_profile():
-    tables = {(128, "a"): np.zeros((2, 4, 1))}
+    tables = {(128, "a"): np.zeros((3, 2, 4, 1))}
     with pytest.raises(InputError, match="weights"):
         kv_losses(Profile(tables), 2, {"a": 1.0, "b": 1.0})
     with pytest.raises(InputError, match="KV heads"):

@@ -49,9 +49,13 @@ def tables():
     return {LENGTH: table}
 
 
+def starts(config):
+    return optimize(tables(), config)
+
+
 def refined(density=0.3, evaluations=400, partial=None, **config):
     config = OptimizeConfig(density, points=1, **config)
-    return refine(Loaded(), tables(), ITEMS, {"retrieval": 1.0}, config, evaluations, partial=partial)
+    return refine(Loaded(), starts, ITEMS, {"retrieval": 1.0}, config, evaluations, partial=partial)
 
 
 def plan_of(found):

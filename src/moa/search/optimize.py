@@ -137,16 +137,16 @@ class ParetoPlan:
         For each profile length, the sum of its heads' losses.
     densities : dict[int, float]
         For each constrained length, the mean over heads of span(N) / N.
-    gap : float
+    gap : float or None
         Certified: in the objective the plan was solved for, no plan within the same limits is better by more than
-        this share of the loss.
+        this share of the loss. None: nothing is.
     """
 
     alpha: np.ndarray
     beta: np.ndarray
     losses: dict[int, float]
     densities: dict[int, float]
-    gap: float
+    gap: float | None
 
 
 def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress: Progress = SILENT) -> list[ParetoPlan]:
@@ -178,25 +178,11 @@ def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress:
     """
     tables = _checked(losses, config)
     lengths = tuple(tables)
-    extra = (2 * lengths[-1],) if config.lengths_constrained is None else config.lengths_constrained
-    grid = config.grid or RuleGrid.scaled(lengths[-1], config.sink, config.block)
-    rules = Rules.of(grid, sorted({*lengths, *extra}), config)
+    rules = Rules.within(lengths, config)
     cost = np.stack([rules.losses(length, tables, config) for length in lengths])
     unprofiled = [rules.losses(length, tables, config) for length in rules.spans if length not in tables]
     search = _Search(cost, np.sum(unprofiled, axis=0) if unprofiled else None, rules, config)
-    return [
-        ParetoPlan(
-            alpha=rules.alpha[found.choice],
-            beta=rules.beta[found.choice],
-            losses=dict(zip(lengths, found.values.tolist(), strict=True)),
-            densities={
-                length: _density(spans[found.choice].sum(), found.choice.size, length)
-                for length, spans in rules.spans.items()
-            },
-            gap=found.gap,
-        )
-        for found in search.run(progress)
-    ]
+    return [rules.plan(found.choice, tables, config, found.gap) for found in search.run(progress)]
 
 
 def _checked(losses: Mapping[int, np.ndarray], config: OptimizeConfig) -> dict[int, np.ndarray]:
@@ -257,8 +243,36 @@ class Rules:
         order = order[np.sort(first)]
         return cls(alpha[order], beta[order], {length: row[order] for length, row in zip(lengths, spans, strict=True)})
 
+    @classmethod
+    def within(cls, lengths: Iterable[int], config: OptimizeConfig) -> "Rules":
+        """The rules of a config for these profile lengths, told apart at these and at the constrained lengths."""
+        longest = max(lengths)
+        extra = (2 * longest,) if config.lengths_constrained is None else config.lengths_constrained
+        grid = config.grid or RuleGrid.scaled(longest, config.sink, config.block)
+        return cls.of(grid, sorted({*lengths, *extra}), config)
+
+    def numbers(self, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+        """Numbers of these rules, as they come from `optimize`: int64, shape of alpha and beta."""
+        number = {rule: index for index, rule in enumerate(zip(self.alpha, self.beta, strict=True))}
+        return np.array([number[rule] for rule in zip(alpha.flat, beta.flat, strict=True)]).reshape(alpha.shape)
+
+    def plan(
+        self, choice: np.ndarray, tables: Mapping[int, np.ndarray], config: OptimizeConfig, gap: float | None
+    ) -> ParetoPlan:
+        """The plan of these numbers of rules, int64 [layers, heads]."""
+        layer, head = np.ogrid[: choice.shape[0], : choice.shape[1]]
+        return ParetoPlan(
+            alpha=self.alpha[choice],
+            beta=self.beta[choice],
+            losses={length: float(self.losses(length, tables, config)[layer, head, choice].sum()) for length in tables},
+            densities={
+                length: _density(spans[choice].sum(), choice.size, length) for length, spans in self.spans.items()
+            },
+            gap=gap,
+        )
+
     def losses(self, length: int, tables: Mapping[int, np.ndarray], config: OptimizeConfig) -> np.ndarray:
-        """Loss of every rule at one length, [layers, heads, rules].
+        """Loss of every rule at one length: [..., rules], where tables are [..., windows].
 
         At a length that was not profiled, a guess: the loss at the nearest one that was, at the same density.
         """

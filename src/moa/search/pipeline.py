@@ -13,9 +13,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 
@@ -25,9 +27,10 @@ from moa.models import LoadedModel
 from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, CalibrationSet, calibrate
+from moa.search.coherent import candidates
 from moa.search.influence import Estimator
-from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
-from moa.search.profile import Profile, ProfileConfig, kv_losses, profile
+from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
+from moa.search.profile import Profile, ProfileConfig, item_losses, profile
 from moa.search.refine import refine
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
@@ -47,7 +50,7 @@ class DataConfig:
     lengths : tuple of int, optional
         Profile lengths; by default L/4, L/2 and L with L = 8192, or less where the model's context is shorter.
     validation_length : int, optional
-        By default half as long again as the longest profile length.
+        Held-out items have this length and the profile lengths; by default half as long again as the longest of them.
     items, validation_items : int
         Items per length and source.
     weights : dict
@@ -111,7 +114,7 @@ class BudgetConfig:
     constrained: tuple[int, ...] | None = None
     rules_per_layer: int | None = None
     grid: str = "scaled"
-    points: int = 5
+    points: int = 3
     evaluations: int = 900
 
     def config(self, lengths: Iterable[int]) -> OptimizeConfig:
@@ -205,7 +208,8 @@ class Calibration:
 def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataConfig) -> tuple[Calibration, str]:
     """First stage: items for profiling, and held-out items for validation from another part of the text."""
     data = data.resolved(loaded.context_length)
-    lengths, validation_lengths = data.lengths or (), (data.validation_length or 0,)
+    lengths = data.lengths or ()
+    validation_lengths = (*lengths, data.validation_length or 0)
     inputs = {
         "model": asdict(loaded.identity),
         "name": loaded.name,
@@ -237,8 +241,8 @@ def run_profile(
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def compute(folder: Path) -> Profile:
-        partial = folder / f"items-{key}"
-        result = profile(loaded, calibration.profile, ProfileConfig(estimator), run.progress, partial)
+        items = folder / f"items-{key}"
+        result = profile(loaded, calibration.profile, ProfileConfig(estimator), run.progress, items)
         result.save(folder / "tables.safetensors")
         return result
 
@@ -253,7 +257,7 @@ def run_optimize(
     inputs = {"profile": upstream, "weights": dict(weights), "budget": _without_evaluations(budget)}
 
     def compute(folder: Path) -> list[Plan]:
-        losses = kv_losses(tables, model.kv_heads, weights)
+        losses = item_losses(tables, model.kv_heads, weights)
         for length in sorted(losses):
             if budget.density * length < 1.5 * _SHORTEST:
                 run.progress.say(
@@ -273,12 +277,23 @@ def run_optimize(
                     "solver_gap": found.gap,
                 },
             )
-            for found in optimize(losses, budget.config(losses), run.progress)
+            for found in _candidates(losses, weights, budget)(budget.config(losses), run.progress)
         ]
         write_json(folder / "plans.json", [plan.to_dict() for plan in plans])
         return plans
 
     return run.stage("optimize", inputs, _load_plans, compute)
+
+
+def _candidates(
+    losses: Mapping[int, Mapping[str, np.ndarray]], weights: Mapping[str, float], budget: BudgetConfig
+) -> Callable[..., list[ParetoPlan]]:
+    """Plans for an OptimizeConfig. Restricted grids, which are there to compare with, get the optimizer's alone."""
+    if budget.grid == "scaled":
+        return partial(candidates, losses, weights)
+    return partial(
+        optimize, {length: sum(table.mean(0) for table in tables.values()) for length, tables in losses.items()}
+    )
 
 
 def run_refine(
@@ -297,10 +312,17 @@ def run_refine(
         return plans, upstream
 
     def compute(folder: Path) -> list[Plan]:
-        losses = kv_losses(tables, loaded.identity.kv_heads, weights)
-        config = budget.config(losses)
-        partial = folder / f"measured-{upstream}.json"
-        found = refine(loaded, losses, calibration.profile, weights, config, budget.evaluations, run.progress, partial)
+        losses = item_losses(tables, loaded.identity.kv_heads, weights)
+        found = refine(
+            loaded,
+            _candidates(losses, weights, budget),
+            calibration.profile,
+            weights,
+            budget.config(losses),
+            budget.evaluations,
+            run.progress,
+            folder / f"measured-{upstream}.json",
+        )
         plan = Plan.from_arrays(loaded.identity, found.alpha, found.beta)
         lengths = plans[0].provenance["densities"]
         provenance = {

@@ -56,11 +56,11 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class Profile:
-    """Loss tables, mean over calibration items.
+    """Loss tables of the calibration items.
 
     Attributes
     ----------
-    tables : dict of (length, source) to float64 [layers, query_heads, W]
+    tables : dict of (length, source) to float64 [items, layers, query_heads, W]
         Entry w is the loss when every key beyond the sink and a window of ``BLOCK * (w + 1)`` is masked.
     """
 
@@ -82,7 +82,7 @@ class Profile:
         tables = {}
         for name, table in read_tensors(path).items():
             length, slash, source = name.partition("/")
-            if not (length.isdecimal() and slash and table.ndim == 3):
+            if not (length.isdecimal() and slash and table.ndim == 4):
                 raise InputError(
                     f"{path} is not a profile: found {name!r} of shape {table.shape}; run the search again"
                 )
@@ -130,11 +130,11 @@ def profile(
                 if file is not None:
                     write_tensors(file, {"table": table})
             tables.setdefault(key, []).append(table)
-    return Profile({key: np.mean(measured, axis=0) for key, measured in tables.items()})
+    return Profile({key: np.stack(measured) for key, measured in tables.items()})
 
 
-def kv_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -> dict[int, np.ndarray]:
-    """Loss tables per KV head, calibration sources mixed.
+def item_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -> dict[int, dict[str, np.ndarray]]:
+    """Loss tables per KV head of every item, in units of their source.
 
     Parameters
     ----------
@@ -142,11 +142,11 @@ def kv_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -> 
     kv_heads : int
         A KV head's loss is the sum over its query heads.
     weights : mapping of source to float
-        Every source counts as much as its weight: its tables are divided by their total at the shortest window.
+        Every source counts as much as its weight: that is its items' mean total at the shortest window.
 
     Returns
     -------
-    dict of length to float64 [layers, kv_heads, W]
+    dict of length to dict of source to float64 [items, layers, kv_heads, W]
 
     Raises
     ------
@@ -158,17 +158,29 @@ def kv_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -> 
         raise InputError(
             f"weights are given for {sorted(weights)}, but the profile has {sorted(sources)}; name the same"
         )
-    losses: dict[int, np.ndarray] = {}
+    losses: dict[int, dict[str, np.ndarray]] = {}
     for (length, source), table in sorted(profile.tables.items()):
-        layers, query_heads, windows = table.shape
+        items, layers, query_heads, windows = table.shape
         if query_heads % kv_heads:
             raise InputError(f"{query_heads} query heads cannot be shared by {kv_heads} KV heads; check the model")
-        grouped = table.reshape(layers, kv_heads, -1, windows).sum(axis=2)
-        total = grouped[:, :, 0].sum()
-        if total > 0:  # at lengths that one window covers nothing can be lost
-            grouped = grouped * (weights[source] / total)
-        losses[length] = losses[length] + grouped if length in losses else grouped
+        grouped = table.reshape(items, layers, kv_heads, -1, windows).sum(axis=3)
+        total = grouped[..., 0].sum() / items
+        # at lengths that one window covers nothing can be lost
+        losses.setdefault(length, {})[source] = grouped * (weights[source] / total) if total > 0 else grouped
     return losses
+
+
+def kv_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -> dict[int, np.ndarray]:
+    """Loss tables per KV head, mean over items, calibration sources mixed; arguments and errors as in `item_losses`.
+
+    Returns
+    -------
+    dict of length to float64 [layers, kv_heads, W]
+    """
+    found = item_losses(profile, kv_heads, weights)
+    return {
+        length: np.sum([table.mean(0) for table in by_source.values()], axis=0) for length, by_source in found.items()
+    }
 
 
 def answer_loss(logits: torch.Tensor, answer: torch.Tensor, estimator: Estimator) -> torch.Tensor:
