@@ -28,7 +28,7 @@ def random_model(demo_model):
 
 @pytest.fixture(scope="module")
 def real_items(demo_model):
-    return calibrate(demo_model, TEXT, CalibrateConfig((256,), items=3, answer_tokens=16)).items
+    return calibrate(demo_model, TEXT, CalibrateConfig((256,), items=3, sources=SOURCES, answer_tokens=16)).items
 
 
 class Said(Progress):
@@ -82,12 +82,22 @@ def test_facts_are_found_in_the_text_by_the_model_itself(demo_model, real_items)
 
 def test_every_item_has_exactly_its_length_and_all_items_differ(random_model):
     lengths = (256, 307, 512)
-    items = calibrate(random_model, TEXT, CalibrateConfig(lengths, items=3)).items
+    items = calibrate(random_model, TEXT, CalibrateConfig(lengths, items=3, sources=SOURCES)).items
     assert sorted(items) == sorted((length, source) for length in lengths for source in SOURCES)
     for (length, _), of_cell in items.items():
         assert {item.input_ids.shape for item in of_cell} == {(length,)}
         assert all(length // 2 < item.answer_start < length for item in of_cell)
         assert len({item.input_ids[: item.answer_start].tobytes() for item in of_cell}) == 3
+
+
+def test_text_is_text_with_loss_at_its_end(random_model):
+    tokenizer = random_model.tokenizer
+    items = calibrate(random_model, TEXT, CalibrateConfig((256, 1024), items=2, sources=("text",))).items
+    words = " ".join(TEXT.split())
+    for length, answer in ((256, 64), (1024, 128)):
+        for item in items[length, "text"]:
+            assert (len(item.input_ids), item.answer_start) == (length, length - answer)
+            assert " ".join(tokenizer.decode(item.input_ids, skip_special_tokens=True).split()) in words
 
 
 def test_what_is_asked_for_lies_at_all_depths(random_model):
@@ -116,7 +126,7 @@ def test_a_model_that_finds_nothing_gets_right_answers_and_it_is_said(random_mod
 
 
 def test_the_seed_decides_and_a_cell_does_not_depend_on_the_others(random_model):
-    config = CalibrateConfig((256, 320), items=2, answer_tokens=8)
+    config = CalibrateConfig((256, 320), items=2, sources=SOURCES, answer_tokens=8)
     both = calibrate(random_model, TEXT, config)
     assert_same(both, calibrate(random_model, TEXT, config))
     alone = calibrate(random_model, TEXT, replace(config, lengths=(320,), sources=(SUMMARY,)))
@@ -126,7 +136,7 @@ def test_the_seed_decides_and_a_cell_does_not_depend_on_the_others(random_model)
 
 
 def test_items_survive_a_file(random_model, tmp_path):
-    made = calibrate(random_model, TEXT, CalibrateConfig((256, 320), items=2, answer_tokens=8))
+    made = calibrate(random_model, TEXT, CalibrateConfig((256, 320), items=2, sources=SOURCES, answer_tokens=8))
     made.save(tmp_path / "items.safetensors")
     assert_same(CalibrationSet.load(tmp_path / "items.safetensors"), made)
     assert [path.name for path in tmp_path.iterdir()] == ["items.safetensors"]
@@ -152,7 +162,7 @@ def test_files_that_hold_no_items_are_refused(tmp_path):
         ({"lengths": (64,)}, TEXT, "64 tokens are too few.*shortest length is"),
         ({"lengths": (64,), "sources": (SUMMARY,)}, TEXT, "64 tokens are too few.*shortest length is"),
         ({"lengths": (512,)}, TEXT[:900], "the text has .* tokens.* 512"),
-        ({"sources": ("poems",)}, TEXT, "'poems'.*retrieval or summary"),
+        ({"sources": ("poems",)}, TEXT, "'poems'.*retrieval, summary, text"),
         ({"lengths": ()}, TEXT, "at least one"),
         ({"items": 0}, TEXT, "at least one"),
     ],
