@@ -496,10 +496,10 @@ def evaluate(
         rows = measure(_load(model, dtype, device, quiet), methods, config, Progress(quiet))
     out.print(table(rows))
     for found in effective_lengths(rows):
-        out.print(
-            f"{found['method']}: passkeys found up to {found['length']:,} tokens, {found['mean_span']:,} stored",
-            highlight=False,
+        reach = (
+            f"up to {found['length']:,} tokens, {found['mean_span']:,} stored" if found["length"] else "at no length"
         )
+        out.print(f"{found['method']}: 0.9 of the passkeys found {reach}", highlight=False)
     if json:
         command = "moa " + " ".join(sys.argv[1:])
         machine = device_info(devices)

@@ -242,6 +242,7 @@ def to_markdown(rows: Sequence[Row], command: str, device: Mapping[str, Any]) ->
     effective = [
         f"{found['method']} {found['length']:,} tokens with {found['mean_span']:,} stored ({_times(found)})"
         for found in effective_lengths(rows)
+        if found["length"]
     ]
     if effective:
         text += ["", f"Effective context length (passkey at least 0.9 up to there): {'; '.join(effective)}."]
