@@ -210,6 +210,10 @@ def test_bad_input_is_one_line(arguments, reason, plan_file, demo_plan, tmp_path
     assert not (tmp_path / "out.json").exists()
 
 
+def test_refine_measures_at_least_one_plan(capsys, tmp_path):
+    assert "--refine" in complaint(capsys, "refine", "demo", "--refine", 0, "--run-dir", tmp_path, code=2)
+
+
 def test_wrong_usage_is_one_line(capsys):
     assert "No such command" in complaint(capsys, "serch", code=2)
     assert "--nope" in complaint(capsys, "show", "x", "--nope", code=2)

@@ -59,9 +59,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DType = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Lengths = Annotated[str | None, typer.Option(help="Profile lengths, e.g. 1024,2048 (default: by the context).")]
-ValidationLength = Annotated[int | None, typer.Option(help="Length of validation (default: 1.5 x the longest).")]
+ValidationLength = Annotated[
+    int | None, typer.Option(help="One more length of validation (default: 1.5 x the longest).")
+]
 Items = Annotated[int, typer.Option(help="Calibration items per length and source.")]
-ValidationItems = Annotated[int, typer.Option(help="Held-out items per source.")]
+ValidationItems = Annotated[int, typer.Option(help="Held-out items per length and source.")]
 Mixture = Annotated[str, typer.Option(help="Weights of calibration sources: retrieval, summary, text.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Calibration text files (repeat the option).")]
@@ -72,7 +74,7 @@ Constrained = Annotated[str | None, typer.Option(help="More lengths at which the
 RulesPerLayer = Annotated[int | None, typer.Option(help="At most so many rules in a layer (the paper: 2).")]
 Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, proportional, binary.")]
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
-Refine = Annotated[int, typer.Option("--refine", help="Plans measured to improve the best one; 0 for none.")]
+Refine = Annotated[int, typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
@@ -254,7 +256,7 @@ def optimize(
 @app.command()
 def refine(
     model: Model,
-    evaluations: Refine = 900,
+    evaluations: Annotated[int, typer.Option("--refine", min=1, help="Plans to measure for a better one.")] = 900,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
     device: Device = "auto",

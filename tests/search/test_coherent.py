@@ -100,6 +100,12 @@ def test_full_heads_beat_half_ones():
     assert separate[1] == pytest.approx(separate[0], rel=0.05)
 
 
+def test_where_nothing_can_be_lost_nothing_is_exchanged():
+    config = OptimizeConfig(0.5, lengths_constrained=(), points=1)
+    found = candidates({N: {"a": np.zeros((3, 2, 2, window_count(N)))}}, {"a": 1.0}, config)
+    assert found[-1].losses == {N: 0.0}
+
+
 def test_candidates_are_the_optimizers_plans_and_one_more():
     config = OptimizeConfig(0.4, points=1)
     items = {N: {"a": hidden_facts()}}

@@ -15,6 +15,7 @@ from moa.plan import ElasticRule
 from moa.progress import SILENT, Progress
 from moa.search.exchange import Budget, exchange
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, Rules, optimize
+from moa.search.profile import mean_losses
 
 _SWEEPS = 40
 _LEAST_GAIN = 1e-3  # of the loss
@@ -46,8 +47,8 @@ class CoherentLoss:
             for source, tables in items[nearest].items():
                 effects = rules.losses(length, {nearest: tables}, config)
                 unit = np.square(effects.max(-1).sum((1, 2))).mean()
-                if unit > 0:
-                    self._parts.append((weights[source] / unit, effects))
+                # at lengths that one window covers nothing can be lost
+                self._parts.append((weights[source] / unit if unit > 0 else 0.0, effects))
 
     def __call__(self, plan: np.ndarray) -> float:
         """Loss of a plan, an int64 array [layers, heads] of numbers of rules."""
@@ -88,7 +89,7 @@ def candidates(
     config : OptimizeConfig
     progress : Progress
     """
-    losses = {length: np.sum([table.mean(0) for table in tables.values()], 0) for length, tables in items.items()}
+    losses = mean_losses(items)
     found = optimize(losses, config, progress)
     rules = Rules.within(items, config)
     ends = RuleGrid(tuple(ElasticRule(rules.alpha[end], rules.beta[end]) for end in (0, -1)))

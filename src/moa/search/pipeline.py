@@ -30,7 +30,7 @@ from moa.search.calibrate import CalibrateConfig, CalibrationSet, calibrate
 from moa.search.coherent import candidates
 from moa.search.influence import Estimator
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
-from moa.search.profile import Profile, ProfileConfig, item_losses, profile
+from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import refine
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
@@ -291,9 +291,7 @@ def _candidates(
     """Plans for an OptimizeConfig. Restricted grids, which are there to compare with, get the optimizer's alone."""
     if budget.grid == "scaled":
         return partial(candidates, losses, weights)
-    return partial(
-        optimize, {length: sum(table.mean(0) for table in tables.values()) for length, tables in losses.items()}
-    )
+    return partial(optimize, mean_losses(losses))
 
 
 def run_refine(

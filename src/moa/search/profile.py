@@ -177,10 +177,12 @@ def kv_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -> 
     -------
     dict of length to float64 [layers, kv_heads, W]
     """
-    found = item_losses(profile, kv_heads, weights)
-    return {
-        length: np.sum([table.mean(0) for table in by_source.values()], axis=0) for length, by_source in found.items()
-    }
+    return mean_losses(item_losses(profile, kv_heads, weights))
+
+
+def mean_losses(items: Mapping[int, Mapping[str, np.ndarray]]) -> dict[int, np.ndarray]:
+    """The tables of `item_losses`, mean over items, summed over sources."""
+    return {length: np.sum([table.mean(0) for table in tables.values()], axis=0) for length, tables in items.items()}
 
 
 def answer_loss(logits: torch.Tensor, answer: torch.Tensor, estimator: Estimator) -> torch.Tensor:
