@@ -74,11 +74,14 @@ Constrained = Annotated[str | None, typer.Option(help="More lengths at which the
 RulesPerLayer = Annotated[int | None, typer.Option(help="At most so many rules in a layer (the paper: 2).")]
 Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, proportional, binary.")]
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
-Refine = Annotated[int, typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.")]
+Refine = Annotated[
+    int | None,
+    typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.", show_default="1000 or more"),
+]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
-DEFAULT_MIXTURE = "retrieval=1,text=0.5"
+DEFAULT_MIXTURE = "retrieval=1,text=1,summary=0.25"
 
 
 def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -146,8 +149,8 @@ def search(
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
-    points: Points = 3,
-    refine: Refine = 900,
+    points: Points = 1,
+    refine: Refine = None,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
@@ -230,7 +233,7 @@ def optimize(
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
-    points: Points = 3,
+    points: Points = 1,
     mixture: Mixture = DEFAULT_MIXTURE,
     run_dir: RunDir = DEFAULT_RUN,
     quiet: Quiet = False,
@@ -256,7 +259,10 @@ def optimize(
 @app.command()
 def refine(
     model: Model,
-    evaluations: Annotated[int, typer.Option("--refine", min=1, help="Plans to measure for a better one.")] = 900,
+    evaluations: Annotated[
+        int | None,
+        typer.Option("--refine", min=1, help="Plans to measure for a better one.", show_default="1000 or more"),
+    ] = None,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -265,15 +271,14 @@ def refine(
     """Fourth stage: improve the optimizer's best plan by exchanging rules between heads, measured on the model."""
     from dataclasses import replace
 
-    from moa.search.pipeline import calibrated, optimized, profiled, run_refine
+    from moa.search.pipeline import calibrated, optimized, run_refine
 
     run = _run(run_dir, quiet)
     plans, key, weights, budget = optimized(run)
-    tables, _, _ = profiled(run)
     loaded = _load(model, dtype, device, quiet)
     calibration, _ = calibrated(run, loaded)
     budget = replace(budget, evaluations=evaluations)
-    plans, _ = run_refine(run, loaded, calibration, tables, plans, key, weights, budget)
+    plans, _ = run_refine(run, loaded, calibration, plans, key, weights, budget)
     found = plans[-1].provenance["refined"]
     out.print(f"Loss {found['start']:.4f} before, {found['loss']:.4f} after {found['evaluations']} plans measured")
 

@@ -350,6 +350,7 @@ class Measures:
             sources = (RETRIEVAL_ANSWERS, SUMMARY)
             settings = CalibrateConfig((length,), _ANSWER_ITEMS, sources, seed=_ANSWER_SEED + config.seed)
             self.answers = [item for items in calibrate(loaded, text, settings).items.values() for item in items]
+        self._last: tuple[Plan | None, dict[str, list[float]]] | None = None
 
     def of(self, task: str, plan: Plan | None) -> tuple[list[float], tuple[float, ...]]:
         """Values of the single items, and means by depth or position."""
@@ -360,7 +361,7 @@ class Measures:
                 losses = text_losses(self.loaded.model, self.chunks)
             return losses.mean(1).tolist(), tuple(part.mean() for part in np.array_split(losses.mean(0), _PARTS))
         if task in (ANSWER_PERPLEXITY, ANSWER_KL):
-            return [self._answer(task, item, plan) for item in self.answers], ()
+            return self._answered(plan)[task], ()
         items = self.items[task]
         with _in_force(self.loaded, plan):
             values = scores(
@@ -375,15 +376,24 @@ class Measures:
         by_depth = (values[fifth == part] for part in range(_PARTS))
         return values.tolist(), tuple(float(some.mean()) if len(some) else math.nan for some in by_depth)
 
-    def _answer(self, task: str, item: CalibrationItem, plan: Plan | None) -> float:
-        """Loss of a dense answer, or divergence from the dense model on it, nats a token."""
-        with _in_force(self.loaded, plan):
-            found = answer_log_probs(self.loaded.model, item)
-        if task == ANSWER_PERPLEXITY:
-            answer = torch.as_tensor(item.input_ids[item.answer_start :], device=found.device)
-            return float(-found.gather(1, answer[:, None]).mean())
-        dense = answer_log_probs(self.loaded.model, item)
-        return float((dense.exp() * (dense - found)).sum(-1).mean())
+    def _answered(self, plan: Plan | None) -> dict[str, list[float]]:
+        """Loss of the dense answers, and divergence from the dense model on them, nats a token of each.
+
+        Both come from one reading: what a plan was found to say is kept until another plan is asked for.
+        """
+        if self._last is None or self._last[0] != plan:
+            found: dict[str, list[float]] = {ANSWER_PERPLEXITY: [], ANSWER_KL: []}
+            for item in self.answers:
+                dense = answer_log_probs(self.loaded.model, item)
+                said = dense
+                if plan is not None:
+                    with _in_force(self.loaded, plan):
+                        said = answer_log_probs(self.loaded.model, item)
+                answer = torch.as_tensor(item.input_ids[item.answer_start :], device=said.device)
+                found[ANSWER_PERPLEXITY].append(float(-said.gather(1, answer[:, None]).mean()))
+                found[ANSWER_KL].append(float((dense.exp() * (dense - said)).sum(-1).mean()))
+            self._last = plan, found
+        return self._last[1]
 
 
 def _batch_tokens(loaded: LoadedModel) -> int:

@@ -1,8 +1,10 @@
-"""An evaluation shared out to several devices: a process each, with its own model, takes method after method."""
+"""An evaluation shared out to several devices: a process each, with a model of its own, takes one method at one length
+after another."""
 
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -41,11 +43,12 @@ def evaluate_on(
     for device in devices:
         free.put(device)
     with ProcessPoolExecutor(len(devices), context, _start, (free, model, dtype, dict(plans), config)) as pool:
-        waiting = [pool.submit(_measure, name) for name in plans]
+        longest_first = sorted(range(len(set(config.lengths))), reverse=True)
+        waiting = [pool.submit(_measure, name, at) for at in longest_first for name in plans]
         try:
             rows = [
                 row
-                for done in progress.track(as_completed(waiting), "Evaluating methods", len(waiting))
+                for done in progress.track(as_completed(waiting), "Evaluating", len(waiting))
                 for row in done.result()
             ]
         except BaseException:
@@ -61,11 +64,14 @@ def _start(
     _worker = free.get(), model, dtype, plans, config
 
 
-def _measure(name: str) -> list[Row]:
+def _measure(name: str, at: int) -> list[Row]:
+    """The rows of one method, at the length that is number ``at``."""
     global _worker
     if len(_worker) == 5:  # here, since what an initialiser raises does not reach the caller
         device, model, dtype, plans, config = _worker
         loaded = load_model(model, dtype, device)
         _worker = loaded, prepare(loaded, plans, config), plans, config
     loaded, measures, plans, config = _worker
-    return measure(loaded, measures, {name: plans[name]}, config)
+    if at < len(measures) - 1:  # speed belongs to the longest
+        config = replace(config, decode_steps=0)
+    return measure(loaded, measures[at : at + 1], {name: plans[name]}, config)

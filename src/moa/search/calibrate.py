@@ -35,7 +35,7 @@ _TEXT_ANSWER = 128
 # Questions asked for each one needed; then what is missing is filled up with right answers that the model did not give.
 _TRIES = 4
 # Prompts of one length are answered together, up to this many tokens: decoding one by one would cost as much again.
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 # Fewer tokens of text than this make no long-range dependency.
 _LEAST_TEXT = 32
 
@@ -384,7 +384,7 @@ def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool
         Do not let the model end its turn before ``tokens`` tokens; else the answer ends with its turn.
     """
     model: Any = loaded.model  # `generate` is not typed as callable
-    rows = max(1, _BATCH_TOKENS // prompts.shape[1])
+    rows = max(1, _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"]) // prompts.shape[1])
     for first in range(0, len(prompts), rows):
         batch = torch.as_tensor(prompts[first : first + rows], device=model.device)
         output = model.generate(

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,8 +35,9 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
-DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 0.5}
+DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 1.0, "summary": 0.25}
 _SHORTEST = SINK + BLOCK  # span
+_EVALUATIONS, _HEAD_EVALUATIONS = 1000, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -106,16 +106,16 @@ class BudgetConfig:
         "scaled", "paper", "proportional" or "binary"; see `moa.search.optimize.RuleGrid`.
     points : int
         Cuts of each objective's range.
-    evaluations : int
-        Plans to measure in the refine stage; 0 leaves it out.
+    evaluations : int, optional
+        Plans to measure in the refine stage; 0 leaves it out. By default a thousand, and at least ten for each KV head.
     """
 
     density: float = 0.5
     constrained: tuple[int, ...] | None = None
     rules_per_layer: int | None = None
     grid: str = "scaled"
-    points: int = 3
-    evaluations: int = 900
+    points: int = 1
+    evaluations: int | None = None
 
     def config(self, lengths: Iterable[int]) -> OptimizeConfig:
         """What the optimizer takes, for these profile lengths.
@@ -277,7 +277,7 @@ def run_optimize(
                     "solver_gap": found.gap,
                 },
             )
-            for found in _candidates(losses, weights, budget)(budget.config(losses), run.progress)
+            for found in _solve(losses, weights, budget, run.progress)
         ]
         write_json(folder / "plans.json", [plan.to_dict() for plan in plans])
         return plans
@@ -285,50 +285,48 @@ def run_optimize(
     return run.stage("optimize", inputs, _load_plans, compute)
 
 
-def _candidates(
-    losses: Mapping[int, Mapping[str, np.ndarray]], weights: Mapping[str, float], budget: BudgetConfig
-) -> Callable[..., list[ParetoPlan]]:
-    """Plans for an OptimizeConfig. Restricted grids, which are there to compare with, get the optimizer's alone."""
+def _solve(
+    losses: Mapping[int, Mapping[str, np.ndarray]],
+    weights: Mapping[str, float],
+    budget: BudgetConfig,
+    progress: Progress,
+) -> list[ParetoPlan]:
+    """Restricted grids, which are there to compare with, get the optimizer's plans alone."""
+    config = budget.config(losses)
     if budget.grid == "scaled":
-        return partial(candidates, losses, weights)
-    return partial(optimize, mean_losses(losses))
+        return candidates(losses, weights, config, progress)
+    return optimize(mean_losses(losses), config, progress)
 
 
 def run_refine(
     run: Run,
     loaded: LoadedModel,
     calibration: Calibration,
-    tables: Profile,
     plans: list[Plan],
     upstream: str,
     weights: Mapping[str, float],
     budget: BudgetConfig,
 ) -> tuple[list[Plan], str]:
-    """Fourth stage: the optimizer's plans, and one that was improved by measurement; resumes sweep by sweep."""
-    inputs = {"optimize": upstream, "evaluations": budget.evaluations}
-    if not budget.evaluations:
+    """Fourth stage: the optimizer's plans, and better ones by measurement; resumes where it was interrupted."""
+    heads = loaded.identity.layers * loaded.identity.kv_heads
+    evaluations = max(_EVALUATIONS, _HEAD_EVALUATIONS * heads) if budget.evaluations is None else budget.evaluations
+    if not evaluations:
         return plans, upstream
+    inputs = {"optimize": upstream, "evaluations": evaluations}
 
     def compute(folder: Path) -> list[Plan]:
-        losses = item_losses(tables, loaded.identity.kv_heads, weights)
-        found = refine(
-            loaded,
-            _candidates(losses, weights, budget),
-            calibration.profile,
-            weights,
-            budget.config(losses),
-            budget.evaluations,
-            run.progress,
-            folder / f"measured-{upstream}.json",
-        )
-        plan = Plan.from_arrays(loaded.identity, found.alpha, found.beta)
-        lengths = plans[0].provenance["densities"]
-        provenance = {
-            "budget": _without_evaluations(budget),
-            "densities": {length: plan.density(int(length)) for length in lengths},
-            "refined": {"loss": found.loss, "start": found.start, "evaluations": found.evaluations},
-        }
-        result = [*plans, replace(plan, provenance=provenance)]
+        config = budget.config({length for length, _ in calibration.profile.items})
+        partial = folder / f"measured-{upstream}.json"
+        found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
+        result = list(plans)
+        for refined in found:
+            plan = Plan.from_arrays(loaded.identity, refined.alpha, refined.beta)
+            provenance = {
+                "budget": _without_evaluations(budget),
+                "densities": {length: plan.density(int(length)) for length in plans[0].provenance["densities"]},
+                "refined": {"loss": refined.loss, "start": found[0].loss, "evaluations": refined.evaluations},
+            }
+            result.append(replace(plan, provenance=provenance))
         write_json(folder / "plans.json", [plan.to_dict() for plan in result])
         return result
 
@@ -399,7 +397,7 @@ def search(
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)
     plans, key = run_optimize(run, tables, key, loaded.identity, data.weights, budget)
-    plans, key = run_refine(run, loaded, calibration, tables, plans, key, data.weights, budget)
+    plans, key = run_refine(run, loaded, calibration, plans, key, data.weights, budget)
     plan, _ = run_validate(run, loaded, plans, calibration.validation, key, data.weights)
     return plan
 

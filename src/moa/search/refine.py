@@ -1,18 +1,18 @@
 """The refine stage: the last choices are made by measurement.
 
 A loss table is of first order and knows one head at a time: it cannot see that two heads stand in for each other, or
-that a head matters only while another one works. So the optimizer's plan is a start. A *sweep* tries, for each head
-alone, a few rules beside its own, and measures what the model then loses. An exact program picks the best set of these
-changes within the budget; since each was measured alone, ever fewer of them are made at once until the loss of the
-whole, measured, falls.
+that a head matters only while another one works. Here plans run for real. First the descent (`moa.search.descend`)
+comes down from the dense model, measuring at the shortest length. Then *sweeps* at all profile lengths try, for each
+head alone, a few rules beside its own. An exact program picks the best set of these changes within the budget; since
+each was measured alone, ever fewer of them are made at once until the loss of the whole, measured, falls.
 
-A plan that is short of memory is a bad place to start from: where the answer is lost, one head more changes nothing. So
-the start is a plan for a larger budget, and the first sweeps lead down to the one asked for.
+Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
+lie there; so heads try rules that see at most half of a text, or all of it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,63 +22,59 @@ from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import RETRIEVAL, CalibrationSet
+from moa.search.descend import LEAST_ROUNDS, descend
 from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
-from moa.search.optimize import OptimizeConfig, ParetoPlan, Rules
+from moa.search.optimize import OptimizeConfig, Rules
 
-_STAIRS = (
-    0.7,
-    0.85,
-    1.0,
-)  # budgets on the way down, as powers of the density: 25 % is reached from 38 % by way of 31 %
+_DESCENT = 3 / 4  # of the plans to measure, at most
+_WINDOW = 1 / 2  # share of a text that a head sees at most, unless it sees all
 _STEP = 2  # a head tries the rules so many places cheaper and dearer than its own, the cheapest and the dearest
 _TRIED = 4  # rules of a head in a sweep, at most
 _SWEEPS = 3  # an allowance too small for so many sweeps over all heads sweeps over some of them
 _LEAST_HEADS = 8
 _TOKENS = {RETRIEVAL: 16384}  # measured on items of so many tokens for each length
 _OTHER_TOKENS = 8192  # of sources with longer answers
+_REMEMBER = 16  # measurements between two writes of the file for an interrupted call
 _LEAST_GAIN = 1e-3  # of the loss; smaller gains end the search
 
 
 @dataclass(frozen=True)
 class Refined:
-    """A plan, and how it was reached.
+    """A plan on the way.
 
     Attributes
     ----------
     alpha, beta : float64 [layers, kv_heads]
     loss : float
-        Weighted divergence from the dense model on the calibration items, measured.
-    start : float
-        That of the optimizer's best plan within the budget.
+        Weighted divergence from the dense model on the calibration items, measured at all profile lengths.
     evaluations : int
-        Plans measured.
+        Plans measured so far.
     """
 
     alpha: np.ndarray
     beta: np.ndarray
     loss: float
-    start: float
     evaluations: int
 
 
 def refine(
     loaded: LoadedModel,
-    candidates: Callable[[OptimizeConfig], Sequence[ParetoPlan]],
+    plans: Sequence[Plan],
     items: CalibrationSet,
     weights: Mapping[str, float],
     config: OptimizeConfig,
     evaluations: int,
     progress: Progress = SILENT,
     partial: Path | None = None,
-) -> Refined:
-    """Improve a plan by measured exchanges of rules between heads.
+) -> list[Refined]:
+    """Better and better plans, by measurement.
 
     Parameters
     ----------
     loaded : LoadedModel
-    candidates : callable
-        Plans to start from, for a budget.
+    plans : sequence of Plan
+        The optimizer's plans for ``config``.
     items : CalibrationSet
         What is measured on.
     weights : mapping of source to float
@@ -90,13 +86,13 @@ def refine(
     partial : Path, optional
         File of what was measured so far; an interrupted call goes on from it.
 
-    Raises
-    ------
-    InfeasibleBudgetError, InputError
-        As `optimize`.
+    Returns
+    -------
+    list of Refined
+        By falling loss: the optimizer's best plan, what the descent found, and what each sweep found, as far as each
+        is better than the one before. The later ones have seen more of the items; held-out items say which to take.
     """
-    lengths = {length for length, _ in items.items}
-    return _Refinement(loaded, candidates, lengths, _some(items), weights, config, evaluations, progress, partial).run()
+    return _Refinement(loaded, plans, items, weights, config, evaluations, progress, partial).run()
 
 
 class _Refinement:
@@ -105,8 +101,7 @@ class _Refinement:
     def __init__(
         self,
         loaded: LoadedModel,
-        candidates: Callable[[OptimizeConfig], Sequence[ParetoPlan]],
-        lengths: Iterable[int],
+        plans: Sequence[Plan],
         items: CalibrationSet,
         weights: Mapping[str, float],
         config: OptimizeConfig,
@@ -114,72 +109,87 @@ class _Refinement:
         progress: Progress,
         partial: Path | None,
     ):
-        self.loaded, self.candidates, self.config, self.progress = loaded, candidates, config, progress
+        self.loaded, self.plans, self.progress = loaded, plans, progress
         self.evaluations, self.partial = evaluations, partial
-        self.divergence = Divergence(loaded, items, weights)
-        self.rules = Rules.within(lengths, config)  # by rising cost
-        plain = (self.rules.alpha == 0) | (self.rules.beta == 0) | (self.rules.beta > 1)
-        self.plain = np.flatnonzero(plain)  # the rules that heads try
-        self.heads = loaded.identity.layers * loaded.identity.kv_heads
+        self.items, self.weights = _some(items), weights
+        self.lengths = sorted({length for length, _ in items.items})
+        self.divergence = Divergence(loaded, self.items, weights)
+        self.rules = Rules.within(self.lengths, config)  # by rising cost
+        self.budget = Budget(self.rules, config)
+        self.tried = _tried(self.budget)
+        self.shape = loaded.identity.layers, loaded.identity.kv_heads
+        self.heads = self.shape[0] * self.shape[1]
         self.heads_a_sweep = min(self.heads, max(_LEAST_HEADS, evaluations // (_SWEEPS * _TRIED)))
         self.random = np.random.default_rng(0)
         self.known: dict[str, float] = {} if partial is None or not partial.is_file() else read_json(partial)
         self.measured: set[str] = set()
 
-    def run(self) -> Refined:
-        budget = self.budget(1.0)
-        start = plan = min(self.starts(budget), key=self.loss)
-        if self.heads_a_sweep == self.heads:  # else too few heads change to come down with
-            above = min(self.starts(self.budget(_STAIRS[0])), key=self.loss)
-            for power in _STAIRS[1:]:
-                above = self.sweep(above, self.budget(power))
-            if budget.fits(above):
-                plan = min(plan, above, key=self.loss)
+    def run(self) -> list[Refined]:
+        starts = [self.rules.numbers(np.array(plan.alpha), np.array(plan.beta)) for plan in self.plans]
+        plan = min(starts, key=self.loss)
+        result = [self.refined(plan)]
+
+        def keep(better: np.ndarray) -> bool:
+            if self.loss(better) >= (1 - _LEAST_GAIN) * result[-1].loss:
+                return False
+            result.append(self.refined(better))
+            return True
+
+        descended = self.descended()
+        if descended is not None and keep(descended):
+            plan = descended
         vain = 0  # sweeps in a row
-        while not self.finished and vain * self.heads_a_sweep < self.heads:
-            before = self.loss(plan)
-            plan = self.sweep(plan, budget)
-            vain = 0 if self.loss(plan) < (1 - _LEAST_GAIN) * before else vain + 1
-        alpha, beta = self.rules.alpha[plan], self.rules.beta[plan]
-        return Refined(alpha, beta, self.loss(plan), self.loss(start), len(self.measured))
+        while len(self.measured) < self.evaluations and vain * self.heads_a_sweep < self.heads:
+            plan = self.sweep(plan)
+            vain = 0 if keep(plan) else vain + 1
+        return result
 
-    @property
-    def finished(self) -> bool:
-        return len(self.measured) >= self.evaluations
+    def refined(self, plan: np.ndarray) -> Refined:
+        return Refined(self.rules.alpha[plan], self.rules.beta[plan], self.loss(plan), len(self.measured))
 
-    def budget(self, power: float) -> Budget:
-        return Budget(self.rules, replace(self.config, density=self.config.density**power))
-
-    def starts(self, budget: Budget) -> list[np.ndarray]:
-        found = self.candidates(replace(budget.config, points=1))
-        return [self.rules.numbers(plan.alpha, plan.beta) for plan in found]
+    def descended(self) -> np.ndarray | None:
+        """The descent's plan; None where the allowance is too small, or no plan near it is within the budget."""
+        rounds = int(_DESCENT * self.evaluations) // self.heads
+        if rounds < LEAST_ROUNDS:
+            return None
+        shortest = {key: items for key, items in self.items.items.items() if key[0] == self.lengths[0]}
+        divergence = Divergence(self.loaded, CalibrationSet(shortest), self.weights)
+        plan = descend(
+            lambda plan: self.measure(plan, divergence, "shortest"), self.shape, self.budget, rounds, self.progress
+        )
+        plan = plan if self.budget.fits(plan) else self.sweep(plan)
+        return plan if self.budget.fits(plan) else None
 
     def loss(self, plan: np.ndarray) -> float:
         """Measured, once."""
+        return self.measure(plan, self.divergence, "all")
+
+    def measure(self, plan: np.ndarray, divergence: Divergence, where: str) -> float:
         rules = Plan.from_arrays(self.loaded.identity, self.rules.alpha[plan], self.rules.beta[plan])
-        key = hashlib.sha256(repr((rules.alpha, rules.beta)).encode()).hexdigest()[:16]
+        key = hashlib.sha256(repr((rules.alpha, rules.beta, where)).encode()).hexdigest()[:16]
         if key not in self.known:
-            self.known[key] = self.divergence.total(self.divergence.by_source(rules))
+            self.known[key] = divergence.total(divergence.by_source(rules))
+            if self.partial is not None and len(self.known) % _REMEMBER == 0:
+                write_json(self.partial, self.known)
         self.measured.add(key)
         return self.known[key]
 
-    def sweep(self, plan: np.ndarray, budget: Budget) -> np.ndarray:
+    def sweep(self, plan: np.ndarray) -> np.ndarray:
         """The best plan found within the budget; the plan itself, if none is better or none is within."""
-        density = budget.config.density
         heads = sorted(self.random.permutation(self.heads)[: self.heads_a_sweep].tolist())
-        trials = [(head, rule) for head in heads for rule in self.tried(plan.flat[head])]
+        trials = [(head, rule) for head in heads for rule in self.beside(plan.flat[head])]
         before = self.loss(plan)
         change = np.full((plan.size, len(self.rules.alpha)), np.inf)
         change[np.arange(plan.size), plan.reshape(-1)] = 0.0
-        for head, rule in self.progress.track(trials, f"refine, density {density:.3f}"):
-            if self.finished:
+        for head, rule in self.progress.track(trials, "refine"):
+            if len(self.measured) >= self.evaluations:
                 break
             trial = plan.copy()
             trial.flat[head] = rule
             change[head, rule] = self.loss(trial) - before
-        found, most = [plan] if budget.fits(plan) else [], plan.size
+        found, most = [plan] if self.budget.fits(plan) else [], plan.size
         while most >= 1:
-            proposal = exchange(plan, change.reshape(*plan.shape, -1), budget, most)
+            proposal = exchange(plan, change.reshape(*plan.shape, -1), self.budget, most)
             if proposal is None:
                 break
             found.append(proposal)
@@ -187,16 +197,24 @@ class _Refinement:
                 break  # fewer changes were worse: it only gets closer to where we are
             most = min(most, int((proposal != plan).sum())) // 2
         best = min(found, key=self.loss, default=plan)
-        if self.partial is not None:
-            write_json(self.partial, self.known)
-        self.progress.say(f"refine: loss {before:.4f} -> {self.loss(best):.4f} at density {density:.3f}")
+        self.progress.say(f"refine: loss {before:.4f} -> {self.loss(best):.4f}")
         return best
 
-    def tried(self, own: int) -> list[int]:
+    def beside(self, own: int) -> list[int]:
         """What a head tries instead of its own rule."""
-        cheaper, dearer = self.plain[self.plain < own], self.plain[self.plain > own]
+        cheaper, dearer = self.tried[self.tried < own], self.tried[self.tried > own]
         near = [*cheaper[-_STEP:][:1], *cheaper[:1], *dearer[:_STEP][-1:], *dearer[-1:]]
         return sorted({int(rule) for rule in near})
+
+
+def _tried(budget: Budget) -> np.ndarray:
+    """Numbers of the rules that heads try: constants, shares of N, and what sees all from some length on."""
+    rules = budget.rules
+    share = budget.spans / np.array(list(rules.spans))[:, None]  # lengths rise
+    whole = np.logical_and.accumulate(share[::-1] >= 1)[::-1]
+    plain = (rules.alpha == 0) | (rules.beta == 0) | (rules.beta > 1)
+    ends = np.isin(np.arange(len(plain)), (0, len(plain) - 1))
+    return np.flatnonzero(ends | plain & (whole | (share <= _WINDOW)).all(axis=0))
 
 
 def _some(items: CalibrationSet) -> CalibrationSet:

@@ -1,0 +1,70 @@
+"""The descent keeps what only shows once other heads are gone, and ends within the budget."""
+
+import numpy as np
+import pytest
+
+from moa.search.descend import LEAST_ROUNDS, descend, ladder
+from moa.search.exchange import Budget
+from moa.search.optimize import OptimizeConfig, RuleGrid, Rules
+
+LENGTHS = (2048, 4096, 8192)
+SHAPE = (6, 2)
+
+
+def budget(density, grid=None):
+    config = OptimizeConfig(density, grid=grid)
+    return Budget(Rules.within(LENGTHS, config), config)
+
+
+def reach(budget, plan):
+    """Share of the text that each head sees at the shortest length: [layers, heads]."""
+    return budget.spans[0][plan] / LENGTHS[0]
+
+
+@pytest.mark.parametrize("density", [0.125, 0.3, 0.75])
+def test_the_ladder_goes_from_all_to_a_quarter_and_to_the_shortest_span(density):
+    some = budget(density)
+    spans = some.spans[:, ladder(some)]
+    assert spans[0].tolist() == [2048, 512, 384, 256, 192, 128]
+    shares = spans / np.array(list(some.rules.spans))[:, None]
+    assert (shares.max(0) == shares[0]).all(), "no dearer at longer lengths"
+
+
+def test_the_ladder_of_another_grid_has_its_rules():
+    some = budget(0.5, RuleGrid.binary())
+    assert some.rules.spans[8192][ladder(some)].tolist() == [8192, 320]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("rounds", [LEAST_ROUNDS, 30])
+def test_the_plan_is_within_the_budget_at_all_lengths_and_close_to_it(density, rounds):
+    some = budget(density)
+    price = np.random.default_rng(0).random(SHAPE)
+    plan = descend(lambda plan: float(((1 - reach(some, plan)) * price).sum()), SHAPE, some, rounds)
+    assert some.fits(plan)
+    stored = some.spans[0][plan].sum()
+    assert stored > some.limits(plan.size)[0] - 2048, "less than one head too far"
+
+
+def test_heads_that_stand_in_for_each_other_are_not_both_shortened():
+    some = budget(0.3)
+
+    def loss(plan):
+        seen = reach(some, plan)
+        return 10 * (1 - max(seen[0, 0], seen[3, 1])) + 0.1 * float((1 - seen[1]).sum())
+
+    plan = descend(loss, SHAPE, some, 12)
+    assert sorted([reach(some, plan)[0, 0], reach(some, plan)[3, 1]])[1] == 1
+
+
+def test_few_measurements_do():
+    measured = []
+    some = budget(0.25)
+    descend(lambda plan: measured.append(1) or float((1 - reach(some, plan)).sum()), SHAPE, some, 10)
+    assert len(measured) <= 10 * (SHAPE[0] * SHAPE[1] + 1)
+
+
+def test_where_the_ladder_ends_above_the_budget_its_foot_is_the_answer():
+    some = budget(0.2)  # at 2048 all heads at the foot are 0.0625
+    tight = Budget(some.rules, OptimizeConfig(0.05))
+    assert (descend(lambda plan: 0.0, SHAPE, tight, 10) == ladder(tight)[-1]).all()
