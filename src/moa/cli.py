@@ -574,6 +574,75 @@ def bench_profile(
     _bench(json, to_markdown, lambda: measure(items, Progress(quiet)))
 
 
+@bench_app.command("throughput")
+def bench_throughput(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, Hub name, .gguf file or demo; or leave it out and give --shape.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="llama-7b or llama3-8b, with random weights.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
+    density: Annotated[str, typer.Option(help="Without a --plan: densities of typical plans.")] = "0.5",
+    against: Annotated[str, typer.Option(help="Of dense-dynamic, dense-static, uniform; or none.")] = (
+        "dense-dynamic,dense-static,uniform"
+    ),
+    lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "4096",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens in each of six timed rounds.")] = 16,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """How fast a whole model decodes under plans and without, and how close to what its bytes allow."""
+    import torch
+
+    from moa.benchmark.shapes import SHAPES, random_model
+    from moa.benchmark.throughput import bench_throughput as measure
+    from moa.benchmark.throughput import to_markdown, typical_plan
+    from moa.evaluation.compare import device_info
+    from moa.plan import Plan
+    from moa.progress import Progress
+
+    if (model is None) == (shape is None):
+        raise InputError("give a model or a --shape, one of the two")
+    if shape is not None and shape not in SHAPES:
+        raise InputError(f"unknown --shape {shape!r}; expected one of {', '.join(SHAPES)}")
+    wanted = _numbers(lengths, "--lengths") or ()
+    plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
+    if shape is not None:
+        on = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+        loaded = random_model(shape, on)
+    else:
+        loaded = _load(str(model), dtype, device, quiet)
+    for rules in plans.values():
+        rules.check_fits(loaded.identity)
+    if not plans:
+        plans = {f"MoA {100 * each:g} %": typical_plan(loaded.identity, each) for each in _densities(density)}
+    others = [] if against == "none" else against.split(",")
+    if "uniform" in others:
+        budgets = {round(max(rules.density(length) for length in wanted), 4) for rules in plans.values()}
+        plans |= {f"uniform {100 * each:.3g} %": Plan.uniform(loaded.identity, each) for each in sorted(budgets)}
+    dense = [name for name in others if name != "uniform"]
+
+    def run() -> dict[str, Any]:
+        found = measure(loaded, plans, dense, wanted, batch, steps, Progress(quiet))
+        return {"device": device_info([device]), **found}
+
+    _bench(json, to_markdown, run)
+
+
+def _densities(text: str) -> list[float]:
+    from moa.plan import check_density
+
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--density {text!r}: expected numbers above 0 and up to 1, such as 0.5,0.25") from error
+    for each in found:
+        check_density(each)
+    return found
+
+
 def _bench(json: Path | None, to_markdown: Callable[[dict[str, Any]], str], run: Callable[[], dict[str, Any]]) -> None:
     """Run a benchmark, print its table, and write both where ``json`` says."""
     from rich.markdown import Markdown

@@ -81,7 +81,7 @@ class SpanStore:
         """How many tokens each pair holds: int64 [pairs]."""
         return np.minimum(self.written, self.capacity)
 
-    def slot(self, pairs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def slot(self, pairs: np.ndarray | slice, tokens: np.ndarray) -> np.ndarray:
         """Slots of the pairs' ``tokens``-th tokens; shapes broadcast."""
         capacity = self.capacity[pairs]
         ring = np.maximum(capacity - self.sink, 1)
@@ -121,6 +121,16 @@ class SpanStore:
         """The counts as they are now, for a backend that advances them on the device from here on."""
         counts = (self.offset, self.capacity, self.written)
         return DeviceCounts(*(torch.from_numpy(count.astype(np.int32)).to(self.keys.device) for count in counts))
+
+    @cached_property
+    def to_order(self) -> torch.Tensor:
+        """`order` on the buffers' device: int64 [pairs]."""
+        return torch.from_numpy(self.order).to(self.keys.device)
+
+    @cached_property
+    def from_order(self) -> torch.Tensor:
+        """Where each pair lies in the order of storage: int64 [pairs] on the buffers' device."""
+        return torch.from_numpy(np.argsort(self.order)).to(self.keys.device)
 
     def nbytes(self) -> int:
         """Bytes of K and V held."""

@@ -1,4 +1,4 @@
-"""The GPU benchmarks: refused without a GPU, and their committed tables are made from the committed numbers."""
+"""Committed tables are made from the committed numbers; benchmarks of a GPU are refused without one."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,18 @@ import torch
 from moa.errors import InputError
 
 attention = pytest.importorskip("moa.benchmark.attention", reason="triton is not installed")
-from moa.benchmark import profile  # noqa: E402
+from moa.benchmark import profile, throughput  # noqa: E402
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
-    ("file", "to_markdown"), [("attention_h100", attention.to_markdown), ("influence_h100", profile.to_markdown)]
+    ("file", "to_markdown"),
+    [
+        ("attention_h100", attention.to_markdown),
+        ("influence_h100", profile.to_markdown),
+        ("throughput_cpu", throughput.to_markdown),
+    ],
 )
 def test_the_committed_table_is_that_of_the_committed_numbers(file, to_markdown):
     result = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))

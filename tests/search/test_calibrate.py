@@ -11,7 +11,17 @@ from moa.files import write_tensors
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity
 from moa.progress import Progress
-from moa.search.calibrate import RETRIEVAL, SOURCES, SUMMARY, CalibrateConfig, CalibrationSet, calibrate
+from moa.search.calibrate import (
+    _FACTS,
+    _PLACES,
+    RETRIEVAL,
+    SOURCES,
+    SUMMARY,
+    CalibrateConfig,
+    CalibrationSet,
+    _evenly,
+    calibrate,
+)
 from moa.search.text import default_text
 from tiny_models import tiny_model
 
@@ -51,6 +61,12 @@ def assert_same(first, second):
             assert np.array_equal(item.input_ids, other.input_ids)
 
 
+def value_of(answer):
+    """The number in an answer, or the place."""
+    numbers = "".join(char if char.isdigit() else " " for char in answer).split()
+    return max(numbers, key=len) if numbers else next(place for place in _PLACES if place in answer)
+
+
 def greedy(loaded, item, answer_tokens, **options):
     prompt = torch.from_numpy(item.input_ids[: item.answer_start])[None]
     return loaded.model.generate(
@@ -67,13 +83,30 @@ def test_summaries_are_the_models_own_greedy_tokens(demo_model, real_items):
         assert all(f"Passage {number}:" in prompt for number in (1, 2, 3))
 
 
+def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
+    """Refining measures on the first few items only."""
+    config = CalibrateConfig((512,), items=16, sources=(RETRIEVAL,))
+    prompts = [
+        random_model.tokenizer.decode(item.input_ids)
+        for item in calibrate(random_model, TEXT, config).items[512, RETRIEVAL]
+    ]
+    for first in (prompts[:8], prompts[8:]):
+        kinds = [
+            sum(kind.question.format(key=key) in prompt for key in kind.keys for prompt in first) for kind in _FACTS
+        ]
+        assert kinds == [1] * len(_FACTS)
+    for count in (2, 4, 8, 16):
+        places = sorted(_evenly(index) for index in range(count))
+        assert np.allclose(np.diff(places), 1 / count)
+
+
 @pytest.mark.slow
 def test_facts_are_found_in_the_text_by_the_model_itself(demo_model, real_items):
     own = 0
     for item in real_items[256, RETRIEVAL]:
         prompt = demo_model.tokenizer.decode(item.input_ids[: item.answer_start])
         answer = demo_model.tokenizer.decode(item.input_ids[item.answer_start :])
-        value = max("".join(char if char.isdigit() else " " for char in answer).split(), key=len)
+        value = value_of(answer)
         assert prompt.count(value) == 1
         assert len(value) != 5, "five digits are what the evaluation hides"
         own += greedy(demo_model, item, 256 - item.answer_start) == item.input_ids.tolist()
@@ -94,7 +127,7 @@ def test_text_is_text_with_loss_at_its_end(random_model):
     tokenizer = random_model.tokenizer
     items = calibrate(random_model, TEXT, CalibrateConfig((256, 1024), items=2, sources=("text",))).items
     words = " ".join(TEXT.split())
-    for length, answer in ((256, 64), (1024, 128)):
+    for length, answer in ((256, 64), (1024, 256)):
         for item in items[length, "text"]:
             assert (len(item.input_ids), item.answer_start) == (length, length - answer)
             assert " ".join(tokenizer.decode(item.input_ids, skip_special_tokens=True).split()) in words
@@ -108,7 +141,7 @@ def test_what_is_asked_for_lies_at_all_depths(random_model):
     ]:
         prompt = tokenizer.decode(item.input_ids[: item.answer_start])
         answer = tokenizer.decode(item.input_ids[item.answer_start :])
-        value = max("".join(char if char.isdigit() else " " for char in answer).split(), key=len)
+        value = value_of(answer)
         depths.append(prompt.index(value) / len(prompt))
     assert min(depths) < 0.25
     assert max(depths) > 0.75
@@ -121,7 +154,7 @@ def test_a_model_that_finds_nothing_gets_right_answers_and_it_is_said(random_mod
     assert any("2 of 2" in line and "random" in line for line in said.lines)
     for item in items[256, RETRIEVAL]:
         answer = random_model.tokenizer.decode(item.input_ids[item.answer_start :])
-        value = max("".join(char if char.isdigit() else " " for char in answer).split(), key=len)
+        value = value_of(answer)
         assert value in random_model.tokenizer.decode(item.input_ids[: item.answer_start])
 
 

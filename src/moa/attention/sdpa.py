@@ -93,19 +93,18 @@ def _decode(
 ) -> torch.Tensor:
     """One new token in every row: stored first, then everything stored is read in place."""
     rows, query_heads, _, dim = query.shape
-    pairs = np.arange(len(store.capacity))
-    slots = torch.from_numpy(store.slot(pairs, store.written)).to(query.device)
-    store.keys.index_copy_(0, slots, key.reshape(len(pairs), -1))
-    store.values.index_copy_(0, slots, value.reshape(len(pairs), -1))
+    pairs = len(store.capacity)
+    slots = torch.from_numpy(store.slot(slice(None), store.written)).to(query.device)
+    store.keys.index_copy_(0, slots, key.reshape(pairs, -1))
+    store.values.index_copy_(0, slots, value.reshape(pairs, -1))
     store.written += 1
 
-    grouped = query.reshape(len(pairs), -1, dim)
+    grouped = query.reshape(pairs, -1, dim)
     sink_logits = _logits_per_pair(options.sink_logits, rows, grouped.shape[:2])
     in_place = len(store.groups) == 1
     if not in_place:
-        order = torch.from_numpy(store.order).to(query.device)
-        grouped = grouped.index_select(0, order)
-        sink_logits = None if sink_logits is None else sink_logits.index_select(0, order)
+        grouped = grouped.index_select(0, store.to_order)
+        sink_logits = None if sink_logits is None else sink_logits.index_select(0, store.to_order)
     stored = store.stored()[store.order].tolist()
     outputs = []
     for group in store.groups:
@@ -122,9 +121,7 @@ def _decode(
                 None if min(filled) == most else torch.tensor(filled, device=query.device),
             )
         )
-    output = torch.cat(outputs)
-    if not in_place:
-        output = torch.empty_like(output).index_copy_(0, order, output)
+    output = outputs[0] if in_place else torch.cat(outputs).index_select(0, store.from_order)
     return output.view(rows, query_heads, 1, -1)
 
 
@@ -291,7 +288,7 @@ def decode_group(
     """
     if stored is None and sink_logits is None and options.softcap is None:
         # nothing but products: their threads share one long head, which PyTorch's attention on a CPU does not do
-        scores = torch.bmm(query * options.scaling, key.transpose(1, 2))
+        scores = torch.baddbmm(query.new_empty(1), query, key.transpose(1, 2), beta=0, alpha=options.scaling)
         return torch.bmm(torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype), value)
     seen = None
     if stored is not None:

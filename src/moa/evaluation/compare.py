@@ -4,7 +4,6 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
+from moa.benchmark.throughput import ROUNDS, decode_in_turn
 from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
@@ -43,8 +43,6 @@ TASKS = (*RETRIEVAL, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL)
 # takes, at a token's keys and values and so many times its hidden state.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 262_144}
 _HIDDEN_STATES = 40
-# Rounds of decode steps: the first warms up, the median of the others counts.
-_ROUNDS = 6
 # Depths of a text and positions in it are reported in so many parts.
 _PARTS = 5
 # Answers are made with a seed of their own; calibration uses small ones.
@@ -171,9 +169,9 @@ def measure(
         rows.append(_row(name, density, task, at.length, values, parts))
     if config.decode_steps:
         longest = measures[-1]
-        for name, per_second in _decode_speeds(loaded, plans, longest.chunks[0], config.decode_steps).items():
-            plan, length = plans[name], longest.length
-            rows.append(_row(name, 1.0 if plan is None else plan.density(length), SPEED, length, per_second, ()))
+        for decoder, seconds in decode_in_turn(loaded, plans, longest.length, 1, config.decode_steps):
+            density = 1.0 if decoder.plan is None else decoder.plan.density(longest.length)
+            rows.append(_row(decoder.name, density, SPEED, longest.length, [1 / second for second in seconds], ()))
     return rows
 
 
@@ -321,9 +319,9 @@ def _check(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: Evalua
             f"length {max(config.lengths):,} is beyond the context of {loaded.name}, {loaded.context_length:,} tokens; "
             "choose shorter lengths"
         )
-    if 2 * _ROUNDS * config.decode_steps > max(config.lengths):
+    if 2 * ROUNDS * config.decode_steps > max(config.lengths):
         raise InputError(
-            f"{_ROUNDS} rounds of {config.decode_steps} decode steps are more than half of {max(config.lengths):,} "
+            f"{ROUNDS} rounds of {config.decode_steps} decode steps are more than half of {max(config.lengths):,} "
             "tokens; choose fewer steps or a longer length"
         )
     for plan in plans.values():
@@ -433,38 +431,6 @@ def _kv_bytes(loaded: LoadedModel, plan: Plan | None, ids: np.ndarray) -> int:
     if isinstance(cache, SpanCache):
         return cache.nbytes()
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
-@torch.no_grad()
-def _decode_speeds(
-    loaded: LoadedModel, plans: Mapping[str, Plan | None], ids: np.ndarray, steps: int
-) -> dict[str, list[float]]:
-    """Tokens per second of each method in each round, one sequence that grows to ids' length N.
-
-    Rounds of the methods alternate, so that a machine that slows down does so for all of them.
-    """
-    caches, tokens = {}, {}
-    for name, plan in plans.items():
-        caches[name] = _empty_cache(loaded, plan, len(ids))
-        with _in_force(loaded, plan):
-            tokens[name] = _prefill(loaded, ids[: len(ids) - _ROUNDS * steps], caches[name])
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
-    for _ in range(_ROUNDS):
-        for name, plan in plans.items():
-            with _in_force(loaded, plan):
-                _synchronize(loaded)
-                started = time.perf_counter()
-                for _ in range(steps):
-                    logits = loaded.model(tokens[name], past_key_values=caches[name], use_cache=True).logits
-                    tokens[name] = logits.argmax(-1)
-                _synchronize(loaded)
-                seconds[name].append(time.perf_counter() - started)
-    return {name: [steps / taken for taken in rounds[1:]] for name, rounds in seconds.items()}
-
-
-def _synchronize(loaded: LoadedModel) -> None:
-    if loaded.model.device.type == "cuda":
-        torch.cuda.synchronize(loaded.model.device)
 
 
 def _cpu_name() -> str:

@@ -31,7 +31,7 @@ SOURCES = (RETRIEVAL, SUMMARY, TEXT)
 # An answer to a retrieval question ends with the model's turn, or here.
 _RETRIEVAL_ANSWER = 24
 # At the end of a stretch of text so many tokens carry loss, or a quarter of it.
-_TEXT_ANSWER = 128
+_TEXT_ANSWER = 256
 # Questions asked for each one needed; then what is missing is filled up with right answers that the model did not give.
 _TRIES = 4
 # Prompts of one length are answered together, up to this many tokens: decoding one by one would cost as much again.
@@ -45,59 +45,91 @@ _SUMMARY_QUESTION = "Write a one-page summary of all of them."
 
 
 class _Fact(NamedTuple):
-    """A kind of fact. Wordings and lengths of numbers differ from those of `moa.evaluation.tasks`, on purpose."""
+    """A kind of fact. Wordings and lengths of numbers differ from those of `moa.evaluation.tasks`, on purpose.
+
+    Kinds differ in what a model has to look for: names that stand nowhere else and everyday words, before the value or
+    after it, and values of digits and of words. Heads that only some of these need are missed by calibrating on others.
+    """
 
     statement: str
     question: str
     answer: str
-    digits: int
-    keys: str
+    keys: tuple[str, ...]
+    values: int | tuple[str, ...]  # digits, or words
 
 
-_CITIES = (
+_CITIES = tuple(
     "Aberdeen Bergen Cordoba Dresden Esbjerg Florence Geneva Hamburg Izmir Jakarta Krakow Lisbon Malmo Nagoya Odessa "
-    "Porto Quito Rotterdam Seville Toulouse Utrecht Valencia Warsaw Zagreb"
+    "Porto Quito Rotterdam Seville Toulouse Utrecht Valencia Warsaw Zagreb".split()
 )
-_PEOPLE = (
+_PEOPLE = tuple(
     "Alice Boris Clara David Elena Felix Greta Henry Irene Jonas Karen Louis Maria Nadia Oscar Paula Quentin Rosa "
-    "Simon Tanya Ursula Victor Wanda Yusuf"
+    "Simon Tanya Ursula Victor Wanda Yusuf".split()
 )
-_SETTINGS = (
+_SETTINGS = tuple(
     "alpha_relay beta_valve gamma_pump delta_gate epsilon_motor zeta_sensor theta_meter iota_switch kappa_fan "
-    "lambda_coil omega_dial sigma_filter tau_heater phi_buffer chi_timer psi_cooler"
+    "lambda_coil omega_dial sigma_filter tau_heater phi_buffer chi_timer psi_cooler".split()
 )
-_MACHINES = "tractor crane boiler turbine printer elevator freezer scanner compressor furnace mixer loom"
+_MACHINES = tuple("tractor crane boiler turbine printer elevator freezer scanner compressor furnace mixer loom".split())
+_EVERYDAY = (
+    "flight number",
+    "order number",
+    "account number",
+    "invoice number",
+    "gate code",
+    "door code",
+    "room number",
+)
+_PLACES = tuple(
+    "kitchen drawer,garden shed,green suitcase,piano bench,upper shelf,laundry room,wine cellar,old wardrobe,glove box,"
+    "bottom cupboard".split(",")
+)
 
 _FACTS = (
     _Fact(
         "The harbor code for {key} is {value}.",
         "What is the harbor code for {key}?",
         "The harbor code for {key} is {value}.",
-        6,
         _CITIES,
+        6,
     ),
     _Fact(
         "The phone number of {key} is {value}.",
         "What is the phone number of {key}?",
         "The phone number of {key} is {value}.",
-        7,
         _PEOPLE,
+        7,
     ),
     _Fact(
         "The locker number of {key} is {value}.",
         "What is the locker number of {key}?",
         "The locker number of {key} is {value}.",
-        4,
         _PEOPLE,
+        4,
     ),
     _Fact(
         "The serial number of the {key} is {value}.",
         "What is the serial number of the {key}?",
         "The serial number of the {key} is {value}.",
-        8,
         _MACHINES,
+        8,
     ),
-    _Fact('"{key}": {value},', 'What is the value of "{key}"?', 'The value of "{key}" is {value}.', 7, _SETTINGS),
+    _Fact('"{key}": {value},', 'What is the value of "{key}"?', 'The value of "{key}" is {value}.', _SETTINGS, 7),
+    _Fact("{value} is the {key}.", "What is the {key}?", "The {key} is {value}.", _EVERYDAY, 6),
+    _Fact(
+        "Please keep the {key} in mind: {value}.",
+        "Which {key} should you keep in mind?",
+        "The {key} is {value}.",
+        _EVERYDAY,
+        4,
+    ),
+    _Fact(
+        "{key} left the keys in the {value}.",
+        "Where did {key} leave the keys?",
+        "{key} left the keys in the {value}.",
+        _PEOPLE,
+        _PLACES,
+    ),
 )
 
 
@@ -266,41 +298,66 @@ def _retrieval(
     rng: np.random.Generator,
     progress: Progress,
 ) -> list[CalibrationItem]:
-    """Questions that the model answers right, with its answers."""
-    right: list[CalibrationItem] = []
-    failed: list[_Question] = []
-    while len(right) < config.items and len(right) + len(failed) < _TRIES * config.items:
-        asked = len(right) + len(failed)
-        count = min(config.items - len(right), _TRIES * config.items - asked)
-        depths = (np.arange(asked, asked + count) + rng.random(count)) / config.items % 1
-        questions = [_question(loaded.tokenizer, stream, length, depth, rng) for depth in depths]
+    """Questions that the model answers right, with its answers.
+
+    The first few are as mixed as all of them: kinds take turns, and depths are spread evenly whatever the number.
+    """
+    right: dict[int, CalibrationItem] = {}
+    failed: dict[int, _Question] = {}
+    tries = _TRIES * config.items
+    kinds = np.concatenate([rng.permutation(len(_FACTS)) for _ in range(0, tries, len(_FACTS))])
+    shift = rng.random()
+    asked = 0
+    while len(right) < config.items and asked < tries:
+        numbers = range(asked, min(tries, asked + config.items - len(right)))
+        asked = numbers.stop
+        questions = {
+            number: _question(
+                loaded.tokenizer, stream, length, _FACTS[kinds[number]], (_evenly(number) + shift) % 1, rng
+            )
+            for number in numbers
+        }
         # Asked with room for the expected answer: where the model gives it, nothing has to be shifted afterwards.
-        questions.sort(key=lambda question: len(question.expected))
-        for reserved, group in groupby(questions, key=lambda question: len(question.expected)):
+        by_room = sorted(questions, key=lambda number: len(questions[number].expected))
+        for reserved, group in groupby(by_room, key=lambda number: len(questions[number].expected)):
             alike = list(group)
-            prompts = np.stack([question.prompt(length - reserved) for question in alike])
-            for question, answer in zip(alike, _greedy(loaded, prompts, _RETRIEVAL_ANSWER), strict=True):
-                if question.value in str(loaded.tokenizer.decode(answer)).replace(",", ""):
-                    right.append(question.answered(length, answer))
+            prompts = np.stack([questions[number].prompt(length - reserved) for number in alike])
+            for number, answer in zip(alike, _greedy(loaded, prompts, _RETRIEVAL_ANSWER), strict=True):
+                if questions[number].value in str(loaded.tokenizer.decode(answer)).replace(",", ""):
+                    right[number] = questions[number].answered(length, answer)
                 else:
-                    failed.append(question)
+                    failed[number] = questions[number]
     missing = config.items - len(right)
     if missing:
         progress.say(
-            f"{loaded.name} found {len(right)} of {len(right) + len(failed)} facts at {length:,} tokens; "
+            f"{loaded.name} found {len(right)} of {asked} facts at {length:,} tokens; "
             f"{missing} of {config.items} retrieval items have an answer that it did not write itself"
         )
-    return right + [question.answered(length, question.expected) for question in failed[:missing]]
+    for number in sorted(failed)[:missing]:
+        right[number] = failed[number].answered(length, failed[number].expected)
+    return [right[number] for number in sorted(right)]
+
+
+def _evenly(index: int) -> float:
+    """The van der Corput sequence, 0 to 1: any first few of its numbers are spread evenly."""
+    return sum((index >> bit & 1) / 2 ** (bit + 1) for bit in range(index.bit_length()))
 
 
 def _question(
-    tokenizer: PreTrainedTokenizerBase, stream: TokenStream, length: int, depth: float, rng: np.random.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    stream: TokenStream,
+    length: int,
+    kind: _Fact,
+    depth: float,
+    rng: np.random.Generator,
 ) -> _Question:
     """One to three facts of a kind in real text, and a question about the one at ``depth`` (0 to 1)."""
-    kind = _FACTS[rng.integers(len(_FACTS))]
     depths = np.concatenate([[depth], rng.random(rng.integers(3))])
-    keys = rng.choice(kind.keys.split(), len(depths), replace=False)
-    values = [str(rng.integers(10 ** (kind.digits - 1), 10**kind.digits)) for _ in keys]
+    keys = rng.choice(kind.keys, len(depths), replace=False)
+    if isinstance(kind.values, int):
+        values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
+    else:
+        values = rng.choice(kind.values, len(depths), replace=False).tolist()
     facts = [
         _ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n")
         for key, value in zip(keys, values, strict=True)

@@ -70,11 +70,13 @@ def descend(
         density = spans[place].sum() / spans[0] / place.size
         standing = loss(rungs[place])
         candidates: Sequence[int] = np.flatnonzero(place < len(rungs) - 1).tolist()
-        price = {}
+        price: dict[int, tuple[float, int]] = {}
         for head in progress.track(candidates, f"descend from density {density:.3f}, loss {standing:.4f}"):
             lower = place.copy()
             lower.flat[head] += 1
-            price[head] = (loss(rungs[lower]) - standing) / (spans[place.flat[head]] - spans[lower.flat[head]])
+            saved = spans[place.flat[head]] - spans[lower.flat[head]]
+            # what seems to gain is chance; of steps that cost nothing the longest come first
+            price[head] = max(0.0, loss(rungs[lower]) - standing) / saved, -saved
         goal = max(limit, keep * spans[place].sum())
         for head in sorted(price, key=price.__getitem__):
             if spans[place].sum() <= goal:

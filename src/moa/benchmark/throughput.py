@@ -1,0 +1,268 @@
+"""`moa bench throughput`: how fast whole models decode, and how close that is to what their bytes allow.
+
+A row is the steady state at the end of a sequence: the prompt fills the cache up to a few dozen tokens before N, and
+the steps to N are timed. A step cannot be faster than reading the weights and the stored keys and values once at the
+bandwidth of a large copy, measured in the same run; the fraction of that is in the table.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+from moa.cache import SpanCache
+from moa.errors import InputError
+from moa.models import LoadedModel
+from moa.plan import ModelIdentity, Plan
+from moa.progress import SILENT, Progress
+from moa.runtime import apply
+
+DENSE_DYNAMIC, DENSE_STATIC = "dense-dynamic", "dense-static"
+ROUNDS = 6  # the first warms up; methods alternate, so that a machine that slows down does so for all
+_CHUNK = 2048  # tokens of a prompt that are read at once
+_COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+_COPIES = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one length.
+
+    Attributes
+    ----------
+    shape, method : str
+    density : float
+        Stored over all KV tokens at this length, by the plan.
+    length, batch : int
+        Tokens of each sequence in the end, and sequences.
+    tokens_per_s : float
+        New tokens of all sequences together.
+    step_ms : float
+        Median over the timed steps.
+    roofline_fraction : float
+        The least time for the step's bytes over ``step_ms``.
+    peak_gb : float or None
+        Most device memory in use, 1e9 bytes, weights and prompt included; None where the device does not count it.
+    kv_gb : float
+        Stored keys and values, 1e9 bytes.
+    prefill_s : float
+        Time to read the prompts.
+    joules_per_token : float or None
+        None where the device does not tell.
+    """
+
+    shape: str
+    method: str
+    density: float
+    length: int
+    batch: int
+    tokens_per_s: float
+    step_ms: float
+    roofline_fraction: float
+    peak_gb: float | None
+    kv_gb: float
+    prefill_s: float
+    joules_per_token: float | None
+
+
+def typical_plan(identity: ModelIdentity, density: float) -> Plan:
+    """A plan like those that searches find, for models without one: a few heads see all, the others half the density.
+
+    Speed depends on the spans alone. The heads that see all are spread evenly over the layers.
+    """
+    window = density / 2
+    whole = (density - window) / (1 - window)
+    heads = np.arange(identity.layers * identity.kv_heads)
+    full = (np.floor((heads + 1) * whole) > np.floor(heads * whole)).reshape(identity.layers, identity.kv_heads)
+    return Plan.from_arrays(identity, np.zeros(full.shape), np.where(full, 1.0, window))
+
+
+def bench_throughput(
+    loaded: LoadedModel,
+    plans: Mapping[str, Plan],
+    against: Sequence[str],
+    lengths: Sequence[int],
+    batch: int = 1,
+    steps: int = 16,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Measure every method at every length; returns what the result file holds, without the command and the device.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    plans : mapping of name to Plan
+    against : sequence of str
+        ``dense-dynamic`` is transformers' default cache, ``dense-static`` its cache of fixed size.
+    lengths : sequence of int
+        N, prompt and new tokens.
+    batch : int
+    steps : int
+        Tokens of a timed round.
+
+    Raises
+    ------
+    InputError
+        If a length is beyond the model's context or too short for the steps, or there is no such method.
+    """
+    for name in against:
+        if name not in (DENSE_DYNAMIC, DENSE_STATIC):
+            raise InputError(f"unknown method {name!r}; expected {DENSE_DYNAMIC} or {DENSE_STATIC}")
+    if batch < 1 or steps < 1 or not lengths:
+        raise InputError("a measurement needs at least one length, one sequence and one step")
+    for length in lengths:
+        if not ROUNDS * steps < length <= loaded.context_length:
+            raise InputError(
+                f"length {length:,} is not possible: {ROUNDS} rounds of {steps} steps have to fit, and the context of "
+                f"{loaded.name} is {loaded.context_length:,} tokens"
+            )
+    methods: dict[str, Plan | None] = {**dict.fromkeys(against), **plans}
+    # On a GPU each method has the memory for itself; elsewhere they take turns, since machines slow down.
+    groups = [[name] for name in methods] if loaded.model.device.type == "cuda" else [list(methods)]
+    bandwidth = _copy_bytes_per_second(loaded.model.device)
+    work = [(length, group) for length in sorted(set(lengths)) for group in groups]
+    rows = []
+    for length, group in progress.track(work, "Decoding"):
+        rows += [
+            decoder.row(statistics.median(seconds), bandwidth)
+            for decoder, seconds in decode_in_turn(
+                loaded, {name: methods[name] for name in group}, length, batch, steps
+            )
+        ]
+        gc.collect()
+    return {
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "copy_gb_s": bandwidth / 1e9,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def decode_in_turn(
+    loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, batch: int, steps: int
+) -> "list[tuple[Decoder, list[float]]]":
+    """Seconds of the last steps to ``length`` tokens, for each method; they take turns. None stands for a dense one."""
+    decoders = [Decoder(loaded, name, plan, length, batch, length - ROUNDS * steps) for name, plan in methods.items()]
+    rounds = [[decoder.decode(steps) for decoder in decoders] for _ in range(ROUNDS)]
+    return [
+        (decoder, [second for times in later for second in times])
+        for decoder, (_, *later) in zip(decoders, zip(*rounds, strict=True), strict=True)
+    ]
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    machine = ", ".join(f"{key} {value}" for key, value in result["device"].items() if key not in result["versions"])
+    lines = [
+        f"`{result['command']}` on {machine}; {versions}; copy {result['copy_gb_s']:.1f} GB/s.",
+        "",
+        "| model | N | batch | method | density | tokens/s | ms a step | of roofline | KV GB | peak GB | prompt s |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['shape']} | {row['length']} | {row['batch']} | {row['method']} | {row['density']:.3f} | "
+        f"{row['tokens_per_s']:.1f} | {row['step_ms']:.2f} | {row['roofline_fraction']:.2f} | {row['kv_gb']:.3f} | "
+        f"{'' if row['peak_gb'] is None else format(row['peak_gb'], '.1f')} | {row['prefill_s']:.1f} |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+class Decoder:
+    """One method with a prompt of ``prompt`` tokens in its cache, for sequences of ``length`` tokens."""
+
+    def __init__(self, loaded: LoadedModel, name: str, plan: Plan | None, length: int, batch: int, prompt: int):
+        self.loaded, self.name, self.plan, self.length, self.batch = loaded, name, plan, length, batch
+        model: Any = loaded.model
+        if plan is not None:
+            self.cache: Any = SpanCache(plan, length)
+        elif name == DENSE_STATIC:
+            self.cache = StaticCache(config=model.config, max_cache_len=length)
+        else:
+            self.cache = DynamicCache(config=model.config)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        ids = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, (batch, prompt))
+        started = self._now()
+        with self._in_force():
+            for first in range(0, prompt, _CHUNK):
+                self.tokens = self._forward(torch.as_tensor(ids[:, first : first + _CHUNK], device=model.device))
+        self.prefill_s = self._now() - started
+
+    def decode(self, steps: int) -> list[float]:
+        """Seconds of each of so many steps."""
+        with self._in_force():
+            times = [self._now()]
+            for _ in range(steps):
+                self.tokens = self._forward(self.tokens)
+                times.append(self._now())
+        return np.diff(times).tolist()
+
+    def row(self, step: float, bandwidth: float) -> Row:
+        """The result, for the seconds of a step."""
+        model: Any = self.loaded.model
+        kv = self._kv_bytes()
+        cuda = model.device.type == "cuda"
+        return Row(
+            shape=self.loaded.name,
+            method=self.name,
+            density=1.0 if self.plan is None else self.plan.density(self.length),
+            length=self.length,
+            batch=self.batch,
+            tokens_per_s=self.batch / step,
+            step_ms=1e3 * step,
+            roofline_fraction=(_weight_bytes(model) + kv) / bandwidth / step,
+            peak_gb=torch.cuda.max_memory_allocated(model.device) / 1e9 if cuda else None,
+            kv_gb=kv / 1e9,
+            prefill_s=self.prefill_s,
+            joules_per_token=None,
+        )
+
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        model: Any = self.loaded.model
+        logits = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1:].argmax(-1)
+
+    def _in_force(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.plan is None else apply(self.loaded.model, self.plan)
+
+    def _now(self) -> float:
+        if self.loaded.model.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.model.device)
+        return time.perf_counter()
+
+    def _kv_bytes(self) -> int:
+        if isinstance(self.cache, SpanCache):
+            return self.cache.nbytes()
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+def _weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a step reads: all but an embedding that is not also the output layer."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unread = 0 if embedding is head else embedding.nbytes
+    return sum(parameter.nbytes for parameter in model.parameters()) - unread
+
+
+def _copy_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written a second by the fastest of some large copies."""
+    source = torch.ones(_COPY_BYTES.get(device.type, _COPY_BYTES["cpu"]), dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(_COPIES):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(times)

@@ -1,0 +1,99 @@
+"""Throughput: every method decodes the same way, and a row says what was stored."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moa.benchmark.throughput import ROUNDS, bench_throughput, decode_in_turn, to_markdown, typical_plan
+from moa.cli import main
+from moa.errors import InputError
+from moa.models import LoadedModel
+from moa.plan import ModelIdentity, Plan
+from tiny_models import tiny_model
+
+LENGTH, STEPS = 640, 2
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = tiny_model("llama")
+    return LoadedModel(model, None, "tiny", ModelIdentity.of(model.config), 1024)
+
+
+@pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 0.75, 1.0])
+def test_a_typical_plan_has_its_density_from_a_few_heads_that_see_all(density):
+    identity = ModelIdentity("llama", 32, 8, 32, 128, "")
+    plan = typical_plan(identity, density)
+    assert plan.density(32768) == pytest.approx(density, abs=0.01)
+    share = np.array(plan.beta)
+    assert (share == 1).mean() == pytest.approx((density / 2) / (1 - density / 2), abs=0.01)
+    assert (share == 1).sum(1).max() - (share == 1).sum(1).min() <= 1, "spread over the layers"
+
+
+def test_rows_say_what_was_stored_and_how_fast_it_went(loaded):
+    plan = Plan.uniform(loaded.identity, 0.5)
+    result = bench_throughput(loaded, {"half": plan}, ["dense-dynamic", "dense-static"], [LENGTH], 2, STEPS)
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["dense-dynamic", "dense-static", "half"]
+    token = 2 * loaded.identity.layers * loaded.identity.kv_heads * loaded.identity.head_dim * 4
+    assert rows["dense-dynamic"]["kv_gb"] == rows["dense-static"]["kv_gb"] == pytest.approx(2 * LENGTH * token / 1e9)
+    assert rows["half"]["kv_gb"] == pytest.approx(rows["dense-static"]["kv_gb"] / 2)
+    assert rows["half"]["density"] == 0.5
+    for row in rows.values():
+        assert row["tokens_per_s"] == pytest.approx(2 / (row["step_ms"] / 1e3))
+        assert 0 < row["roofline_fraction"] < 1
+        assert row["prefill_s"] > 0
+        assert row["peak_gb"] is None, "a CPU does not count it"
+    table = to_markdown({"command": "moa bench throughput", "device": {"cpu": "some"}, **result})
+    assert "| half |" in table.replace(" tiny | 640 | 2 ", "")
+
+
+def test_all_methods_decode_the_same_tokens_where_nothing_is_left_out(loaded):
+    methods = {"dense-dynamic": None, "dense-static": None, "all": Plan.dense(loaded.identity)}
+    found = decode_in_turn(loaded, methods, LENGTH, 2, STEPS)
+    said = [decoder.tokens.tolist() for decoder, _ in found]
+    assert said[0] == said[1] == said[2]
+    assert all(len(seconds) == (ROUNDS - 1) * STEPS for _, seconds in found)
+
+
+@pytest.mark.parametrize(
+    ("against", "lengths", "batch", "steps", "reason"),
+    [
+        (["dense"], [LENGTH], 1, 1, "'dense'.*dense-dynamic"),
+        ([], [2048], 1, 1, "2,048.*1,024"),
+        ([], [64], 1, 16, "64.*rounds of 16"),
+        ([], [], 1, 1, "at least one length"),
+        ([], [LENGTH], 0, 1, "one sequence"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(loaded, against, lengths, batch, steps, reason):
+    with pytest.raises(InputError, match=reason):
+        bench_throughput(loaded, {}, against, lengths, batch, steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "--shape"),
+        (["demo", "--shape", "llama-7b"], "one of the two"),
+        (["--shape", "llama-8t"], "llama-7b"),
+        (["demo", "--density", "half"], "--density 'half'"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, reason, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "throughput", *arguments])
+    assert end.value.code == 1
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_table(tmp_path, demo_model):
+    target = tmp_path / "speed.json"
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "throughput", "demo", "--lengths", "320", "--steps", "1", "--json", str(target), "--quiet"])
+    assert not end.value.code
+    result = json.loads(target.read_text(encoding="utf-8"))
+    assert [row["method"] for row in result["rows"]] == ["dense-dynamic", "dense-static", "MoA 50 %", "uniform 60 %"]
+    assert target.with_suffix(".md").read_text(encoding="utf-8").count("\n| demo |") == 4
