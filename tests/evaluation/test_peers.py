@@ -51,7 +51,13 @@ def test_what_they_say_is_scored_as_in_eval(items, tmp_path):
         {**common, "answers": ["12345"], "text": " 54321."},
     ]
     said.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    items("table", said, "--json", table)
-    (row,) = json.loads(table.read_text())["rows"]
+    more = tmp_path / "more.jsonl"
+    lines = [{**lines[0], "command": "run.py again"}, {**lines[1], "method": "other"}]
+    more.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    items("table", said, more, "--json", table)
+    result = json.loads(table.read_text())
+    row, other = result["rows"]
     assert (row["score"], row["n"], row["stderr"]) == (0.5, 2, pytest.approx(0.5))
+    assert (other["method"], other["score"], other["n"]) == ("other 0.5", 1, 1)
+    assert result["command"] == "run.py; run.py again"
     assert "SnapKV, blind" in table.with_suffix(".md").read_text()

@@ -2,7 +2,7 @@
 
 python items.py export demo --lengths 1024,2048 --tasks passkey,needle --items 20 --output items.jsonl
 (run.py in kvpress's own environment: see requirements.txt)
-python items.py table said.jsonl --json kvpress.json
+python items.py table said.jsonl --json kvpress.json      (several files of answers make one table)
 """
 
 import argparse
@@ -41,18 +41,21 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    first, *said = map(json.loads, Path(arguments.said).read_text(encoding="utf-8").splitlines())
-    cells = defaultdict(list)
-    for line in said:
-        key = line["method"], line["density"], line["task"], line["length"]
-        cells[key].append(score(line["text"], line["answers"]))
+    cells, commands = defaultdict(list), []
+    for file in arguments.said:
+        first, *said = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines())
+        commands.append(first["command"])
+        for line in said:
+            key = line["method"], line["density"], line["task"], line["length"]
+            cells[key].append(score(line["text"], line["answers"]))
+    command = "; ".join(commands)
     rows = []
     for (method, density, task, length), values in cells.items():
         n, mean = len(values), sum(values) / len(values)
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1)) if n > 1 else 0.0
         rows.append(Row(f"{method} {density:.3g}", density, task, length, mean, n, deviation / math.sqrt(n)))
-    write_json(arguments.json, to_json(rows, first["command"], first["model"], first["device"]))
-    write_text(Path(arguments.json).with_suffix(".md"), to_markdown(rows, first["command"], first["device"]))
+    write_json(arguments.json, to_json(rows, command, first["model"], first["device"]))
+    write_text(Path(arguments.json).with_suffix(".md"), to_markdown(rows, command, first["device"]))
 
 
 def main() -> None:
@@ -67,7 +70,7 @@ def main() -> None:
     exporting.add_argument("--output", required=True)
     exporting.set_defaults(run=export)
     tabling = commands.add_parser("table")
-    tabling.add_argument("said")
+    tabling.add_argument("said", nargs="+")
     tabling.add_argument("--json", required=True)
     tabling.set_defaults(run=table)
     arguments = parser.parse_args()

@@ -389,7 +389,8 @@ class Measures:
                         said = answer_log_probs(self.loaded.model, item)
                 answer = torch.as_tensor(item.input_ids[item.answer_start :], device=said.device)
                 found[ANSWER_PERPLEXITY].append(float(-said.gather(1, answer[:, None]).mean()))
-                found[ANSWER_KL].append(float((dense.exp() * (dense - said)).sum(-1).mean()))
+                divergence = float((dense.exp() * (dense - said)).sum(-1).mean())
+                found[ANSWER_KL].append(max(0.0, divergence))  # rounding may take nothing below 0
             self._last = plan, found
         return self._last[1]
 
