@@ -579,7 +579,9 @@ def bench_throughput(
     model: Annotated[
         str | None, typer.Argument(help="Folder, Hub name, .gguf file or demo; or leave it out and give --shape.")
     ] = None,
-    shape: Annotated[str | None, typer.Option(help="llama-7b or llama3-8b, with random weights.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="llama-7b, llama-13b, llama3-8b or qwen2.5-7b, with random weights.")
+    ] = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
     density: Annotated[str, typer.Option(help="Without a --plan: densities of typical plans.")] = "0.5",
     against: Annotated[str, typer.Option(help="Of dense-dynamic, dense-static, uniform; or none.")] = (

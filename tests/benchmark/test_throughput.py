@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from moa.benchmark.shapes import random_model
 from moa.benchmark.throughput import ROUNDS, bench_throughput, decode_in_turn, to_markdown, typical_plan
 from moa.cli import main
 from moa.errors import InputError
@@ -19,6 +21,14 @@ LENGTH, STEPS = 640, 2
 def loaded():
     model = tiny_model("llama")
     return LoadedModel(model, None, "tiny", ModelIdentity.of(model.config), 1024)
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"), [("llama-7b", 6.74), ("llama-13b", 13.02), ("llama3-8b", 8.03), ("qwen2.5-7b", 7.62)]
+)
+def test_shapes_have_the_sizes_of_their_models(shape, billions):
+    loaded = random_model(shape, torch.device("meta"))
+    assert sum(weights.numel() for weights in loaded.model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 0.75, 1.0])

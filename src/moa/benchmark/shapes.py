@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity
@@ -12,12 +12,29 @@ _CONTEXT = 131072
 
 SHAPES: dict[str, PretrainedConfig] = {
     "llama-7b": LlamaConfig(max_position_embeddings=_CONTEXT),
+    "llama-13b": LlamaConfig(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        max_position_embeddings=_CONTEXT,
+    ),
     "llama3-8b": LlamaConfig(
         vocab_size=128256,
         intermediate_size=14336,
         num_key_value_heads=8,
         max_position_embeddings=_CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=_CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
 }
 
