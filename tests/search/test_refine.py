@@ -79,6 +79,12 @@ def test_plans_get_better_and_are_the_same_each_time(measured):
         assert all(plan_of(plan).density(LENGTH) <= density for plan in found)
 
 
+def test_the_density_holds_at_a_shorter_length_too(measured):
+    found = refined(0.3, lengths_constrained=(1024, 4096))
+    assert len(found) > 1
+    assert all(plan_of(plan).density(length) <= 0.3 for plan in found for length in (1024, LENGTH, 4096))
+
+
 def test_an_interrupted_call_goes_on(measured, tmp_path, monkeypatch):
     whole = refined()
     count = len(measured)

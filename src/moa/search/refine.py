@@ -12,7 +12,7 @@ lie there; so heads try rules that see at most half of a text, or all of it.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +154,10 @@ class _Refinement:
             return None
         shortest = {key: items for key, items in self.items.items.items() if key[0] == self.lengths[0]}
         divergence = Divergence(self.loaded, CalibrationSet(shortest), self.weights)
+        spans = {length: spans for length, spans in self.rules.spans.items() if length >= self.lengths[0]}
+        budget = replace(self.budget, rules=replace(self.rules, spans=spans))  # tokens count where it is measured
         plan = descend(
-            lambda plan: self.measure(plan, divergence, "shortest"), self.shape, self.budget, rounds, self.progress
+            lambda plan: self.measure(plan, divergence, "shortest"), self.shape, budget, rounds, self.progress
         )
         plan = plan if self.budget.fits(plan) else self.sweep(plan)
         return plan if self.budget.fits(plan) else None
