@@ -279,8 +279,11 @@ def refine(
     calibration, _ = calibrated(run, loaded)
     budget = replace(budget, evaluations=evaluations)
     plans, _ = run_refine(run, loaded, calibration, plans, key, weights, budget)
-    found = plans[-1].provenance["refined"]
-    out.print(f"Loss {found['start']:.4f} before, {found['loss']:.4f} after {found['evaluations']} plans measured")
+    found = plans[-1].provenance.get("refined")
+    if found is None:
+        out.print("No plan that was measured is better than the optimizer's best")
+    else:
+        out.print(f"Loss {found['start']:.4f} before, {found['loss']:.4f} after {found['evaluations']} plans measured")
 
 
 @app.command()
@@ -599,9 +602,10 @@ def bench_throughput(
     import torch
 
     from moa.benchmark.shapes import SHAPES, random_model
+    from moa.benchmark.throughput import DENSE_DYNAMIC, DENSE_STATIC, to_markdown, typical_plan
     from moa.benchmark.throughput import bench_throughput as measure
-    from moa.benchmark.throughput import to_markdown, typical_plan
     from moa.evaluation.compare import device_info
+    from moa.models import pick_device, pick_dtype
     from moa.plan import Plan
     from moa.progress import Progress
 
@@ -609,18 +613,21 @@ def bench_throughput(
         raise InputError("give a model or a --shape, one of the two")
     if shape is not None and shape not in SHAPES:
         raise InputError(f"unknown --shape {shape!r}; expected one of {', '.join(SHAPES)}")
+    others = [] if against == "none" else against.split(",")
+    if set(others) - {DENSE_DYNAMIC, DENSE_STATIC, "uniform"}:
+        raise InputError(f"--against {against!r}: expected some of {DENSE_DYNAMIC}, {DENSE_STATIC}, uniform; or none")
     wanted = _numbers(lengths, "--lengths") or ()
     plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
     if shape is not None:
-        on = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-        loaded = random_model(shape, on)
+        on = pick_device(device)
+        weights = pick_dtype(dtype, on)
+        loaded = random_model(shape, on, weights if isinstance(weights, torch.dtype) else torch.bfloat16)
     else:
         loaded = _load(str(model), dtype, device, quiet)
     for rules in plans.values():
         rules.check_fits(loaded.identity)
     if not plans:
         plans = {f"MoA {100 * each:g} %": typical_plan(loaded.identity, each) for each in _densities(density)}
-    others = [] if against == "none" else against.split(",")
     if "uniform" in others:
         budgets = {round(max(rules.density(length) for length in wanted), 4) for rules in plans.values()}
         plans |= {f"uniform {100 * each:.3g} %": Plan.uniform(loaded.identity, each) for each in sorted(budgets)}

@@ -85,8 +85,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", progress: P
     InputError
         If the name leads nowhere, the files cannot be loaded, or dtype or device do not exist here.
     """
-    target = _device(device)
-    weights_dtype = _dtype(dtype, target)
+    target = pick_device(device)
+    weights_dtype = pick_dtype(dtype, target)
     location = _locate(name, progress)
     with _loading(name, location):
         tokenizer = AutoTokenizer.from_pretrained(location)
@@ -170,7 +170,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
     return str(text)
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -183,7 +183,7 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     value = getattr(torch, dtype, None)

@@ -89,6 +89,8 @@ def test_what_cannot_be_measured_is_refused(loaded, against, lengths, batch, ste
         (["demo", "--shape", "llama-7b"], "one of the two"),
         (["--shape", "llama-8t"], "llama-7b"),
         (["demo", "--density", "half"], "--density 'half'"),
+        (["demo", "--against", "per-layer"], "uniform; or none"),
+        (["--shape", "llama-7b", "--dtype", "int7"], "int7"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, reason, capsys):

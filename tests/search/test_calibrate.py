@@ -12,8 +12,6 @@ from moa.models import LoadedModel
 from moa.plan import ModelIdentity
 from moa.progress import Progress
 from moa.search.calibrate import (
-    _FACTS,
-    _PLACES,
     RETRIEVAL,
     SOURCES,
     SUMMARY,
@@ -22,6 +20,7 @@ from moa.search.calibrate import (
     _evenly,
     calibrate,
 )
+from moa.search.facts import FACTS, PLACES
 from moa.search.text import default_text
 from tiny_models import tiny_model
 
@@ -64,7 +63,7 @@ def assert_same(first, second):
 def value_of(answer):
     """The number in an answer, or the place."""
     numbers = "".join(char if char.isdigit() else " " for char in answer).split()
-    return max(numbers, key=len) if numbers else next(place for place in _PLACES if place in answer)
+    return max(numbers, key=len) if numbers else next(place for place in PLACES if place in answer)
 
 
 def greedy(loaded, item, answer_tokens, **options):
@@ -92,9 +91,9 @@ def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
     ]
     for first in (prompts[:8], prompts[8:]):
         kinds = [
-            sum(kind.question.format(key=key) in prompt for key in kind.keys for prompt in first) for kind in _FACTS
+            sum(kind.question.format(key=key) in prompt for key in kind.keys for prompt in first) for kind in FACTS
         ]
-        assert kinds == [1] * len(_FACTS)
+        assert kinds == [1] * len(FACTS)
     for count in (2, 4, 8, 16):
         places = sorted(_evenly(index) for index in range(count))
         assert np.allclose(np.diff(places), 1 / count)

@@ -20,6 +20,7 @@ from transformers import DynamicCache, StaticCache
 
 from moa.cache import SpanCache
 from moa.errors import InputError
+from moa.evaluation.likelihood import logits_at
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity, Plan
 from moa.progress import SILENT, Progress
@@ -194,7 +195,7 @@ class Decoder:
         started = self._now()
         with self._in_force():
             for first in range(0, prompt, _CHUNK):
-                self.tokens = self._forward(torch.as_tensor(ids[:, first : first + _CHUNK], device=model.device))
+                self.tokens = self._read(torch.as_tensor(ids[:, first : first + _CHUNK], device=model.device))
         self.prefill_s = self._now() - started
 
     def decode(self, steps: int) -> list[float]:
@@ -202,14 +203,14 @@ class Decoder:
         with self._in_force():
             times = [self._now()]
             for _ in range(steps):
-                self.tokens = self._forward(self.tokens)
+                self.tokens = self._step(self.tokens)
                 times.append(self._now())
         return np.diff(times).tolist()
 
     def row(self, step: float, bandwidth: float) -> Row:
         """The result, for the seconds of a step."""
         model: Any = self.loaded.model
-        kv = self._kv_bytes()
+        kv = kv_bytes(self.cache)
         cuda = model.device.type == "cuda"
         return Row(
             shape=self.loaded.name,
@@ -227,10 +228,14 @@ class Decoder:
         )
 
     @torch.no_grad()
-    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        return logits_at(self.loaded.model, ids, last, past_key_values=self.cache, use_cache=True).argmax(-1)
+
+    @torch.no_grad()
+    def _step(self, token: torch.Tensor) -> torch.Tensor:
         model: Any = self.loaded.model
-        logits = model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1:].argmax(-1)
+        return model(token, past_key_values=self.cache, use_cache=True).logits.argmax(-1)
 
     def _in_force(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.plan is None else apply(self.loaded.model, self.plan)
@@ -240,10 +245,12 @@ class Decoder:
             torch.cuda.synchronize(self.loaded.model.device)
         return time.perf_counter()
 
-    def _kv_bytes(self) -> int:
-        if isinstance(self.cache, SpanCache):
-            return self.cache.nbytes()
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a cache of ours or of transformers."""
+    if isinstance(cache, SpanCache):
+        return cache.nbytes()
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _weight_bytes(model: Any) -> int:

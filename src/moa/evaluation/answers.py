@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa.evaluation.likelihood import logits_at
 from moa.evaluation.tasks import NUMBER, RetrievalTask, TaskItem, score
+from moa.search.text import token_ids
 
 MakeCache = Callable[[int], Any]
 
@@ -50,7 +51,7 @@ def scores(
     total = length + task.new_tokens
     rows = max(1, batch_tokens // total)
     if shortcut and task.said:
-        said = [_ids(tokenizer, task.said.format(answer=item.answers[0])) for item in items]
+        said = [token_ids(tokenizer, task.said.format(answer=item.answers[0])) for item in items]
         order = sorted(range(len(items)), key=lambda index: len(said[index]))
         for _, group in groupby(order, key=lambda index: len(said[index])):
             alike = list(group)
@@ -113,7 +114,3 @@ def _leads_elsewhere(text: str, answers: Sequence[str]) -> bool:
     if rest == "." or re.fullmatch(r"(,\d{0,2})?", rest):  # "12", "12,", "12,3"
         return not answers[0].startswith((found[0] + rest).replace(",", "").rstrip("."))
     return found[0].replace(",", "") != answers[0]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)

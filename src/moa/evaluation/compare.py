@@ -18,11 +18,11 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
-from moa.benchmark.throughput import ROUNDS, decode_in_turn
+from moa.benchmark.throughput import ROUNDS, decode_in_turn, kv_bytes
 from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
-from moa.evaluation.likelihood import answer_log_probs, logits_at, text_chunks, text_losses
+from moa.evaluation.likelihood import answer_log_probs, divergence, logits_at, text_chunks, text_losses
 from moa.evaluation.tasks import RETRIEVAL, TaskItem
 from moa.evaluation.text import default_evaluation_text
 from moa.models import LoadedModel
@@ -389,8 +389,7 @@ class Measures:
                         said = answer_log_probs(self.loaded.model, item)
                 answer = torch.as_tensor(item.input_ids[item.answer_start :], device=said.device)
                 found[ANSWER_PERPLEXITY].append(float(-said.gather(1, answer[:, None]).mean()))
-                divergence = float((dense.exp() * (dense - said)).sum(-1).mean())
-                found[ANSWER_KL].append(max(0.0, divergence))  # rounding may take nothing below 0
+                found[ANSWER_KL].append(divergence(dense, said))
             self._last = plan, found
         return self._last[1]
 
@@ -429,9 +428,7 @@ def _kv_bytes(loaded: LoadedModel, plan: Plan | None, ids: np.ndarray) -> int:
     cache = _empty_cache(loaded, plan, len(ids))
     with _in_force(loaded, plan):
         _prefill(loaded, ids, cache)
-    if isinstance(cache, SpanCache):
-        return cache.nbytes()
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return kv_bytes(cache)
 
 
 def _cpu_name() -> str:

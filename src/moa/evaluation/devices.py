@@ -43,7 +43,7 @@ def evaluate_on(
     for device in devices:
         free.put(device)
     with ProcessPoolExecutor(len(devices), context, _start, (free, model, dtype, dict(plans), config)) as pool:
-        longest_first = sorted(range(len(set(config.lengths))), reverse=True)
+        longest_first = reversed(range(len(set(config.lengths))))
         waiting = [pool.submit(_measure, name, at) for at in longest_first for name in plans]
         try:
             rows = [

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moa.errors import InputError
 from moa.models import chat_frame
-from moa.search.text import TokenStream
+from moa.search.text import TokenStream, token_ids
 
 _PASSKEY_INTRO = "A pass key, a number of five digits, is hidden in the following text. Find it and remember it.\n\n"
 _PASSKEY_NEEDLE = "The pass key is {value}. Remember it. {value} is the pass key.\n\n"
@@ -196,7 +196,7 @@ def _records(
     def make(tokenizer: PreTrainedTokenizerBase, text: str, length: int, items: int, seed: int) -> list[TaskItem]:
         rng = np.random.default_rng(seed)
         names = _all_names()
-        line_break = _ids(tokenizer, "\n")[-1:]
+        line_break = token_ids(tokenizer, "\n")[-1:]
         built = []
         for index in range(items):
             drawn = [(names[pick], str(rng.integers(10_000, 100_000))) for pick in rng.permutation(len(names))]
@@ -257,7 +257,7 @@ class _Haystack:
     ) -> TaskItem:
         """The needles at their depths in a stretch of text, so long that the prompt has its length."""
         before, after = frame
-        hidden = [_ids(self.tokenizer, needle) for needle in needles]
+        hidden = [token_ids(self.tokenizer, needle) for needle in needles]
         filler = self.stream.draw(_room(self.task, self.length, before, *hidden, after), self.rng)
         pieces, done = [before], 0
         for which in np.argsort(depths, kind="stable"):
@@ -272,16 +272,12 @@ def _all_names() -> list[str]:
     return [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
-
-
 def _frame(tokenizer: PreTrainedTokenizerBase, intro: str, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
     """All that comes before and after the text of a task; ``answer`` is how the answer begins."""
     before, after = chat_frame(tokenizer)
     return (
-        np.concatenate([before, _ids(tokenizer, intro)]).astype(np.int64),
-        np.concatenate([_ids(tokenizer, question), after, _ids(tokenizer, answer)]).astype(np.int64),
+        np.concatenate([before, token_ids(tokenizer, intro)]).astype(np.int64),
+        np.concatenate([token_ids(tokenizer, question), after, token_ids(tokenizer, answer)]).astype(np.int64),
     )
 
 

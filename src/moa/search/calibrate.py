@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from moa.errors import InputError
 from moa.files import read_tensors, write_tensors
 from moa.models import LoadedModel, chat_frame
 from moa.progress import SILENT, Progress
-from moa.search.text import TokenStream
+from moa.search.facts import FACTS, Fact
+from moa.search.text import TokenStream, token_ids
 
 RETRIEVAL = "retrieval"
 SUMMARY = "summary"
@@ -42,95 +43,6 @@ _LEAST_TEXT = 32
 _RETRIEVAL_INTRO = "Read this text with care. You will be asked for a detail in it.\n\n"
 _SUMMARY_INTRO = "Here are {count} passages.\n\n"
 _SUMMARY_QUESTION = "Write a one-page summary of all of them."
-
-
-class _Fact(NamedTuple):
-    """A kind of fact. Wordings and lengths of numbers differ from those of `moa.evaluation.tasks`, on purpose.
-
-    Kinds differ in what a model has to look for: names that stand nowhere else and everyday words, before the value or
-    after it, and values of digits and of words. Heads that only some of these need are missed by calibrating on others.
-    """
-
-    statement: str
-    question: str
-    answer: str
-    keys: tuple[str, ...]
-    values: int | tuple[str, ...]  # digits, or words
-
-
-_CITIES = tuple(
-    "Aberdeen Bergen Cordoba Dresden Esbjerg Florence Geneva Hamburg Izmir Jakarta Krakow Lisbon Malmo Nagoya Odessa "
-    "Porto Quito Rotterdam Seville Toulouse Utrecht Valencia Warsaw Zagreb".split()
-)
-_PEOPLE = tuple(
-    "Alice Boris Clara David Elena Felix Greta Henry Irene Jonas Karen Louis Maria Nadia Oscar Paula Quentin Rosa "
-    "Simon Tanya Ursula Victor Wanda Yusuf".split()
-)
-_SETTINGS = tuple(
-    "alpha_relay beta_valve gamma_pump delta_gate epsilon_motor zeta_sensor theta_meter iota_switch kappa_fan "
-    "lambda_coil omega_dial sigma_filter tau_heater phi_buffer chi_timer psi_cooler".split()
-)
-_MACHINES = tuple("tractor crane boiler turbine printer elevator freezer scanner compressor furnace mixer loom".split())
-_EVERYDAY = (
-    "flight number",
-    "order number",
-    "account number",
-    "invoice number",
-    "gate code",
-    "door code",
-    "room number",
-)
-_PLACES = tuple(
-    "kitchen drawer,garden shed,green suitcase,piano bench,upper shelf,laundry room,wine cellar,old wardrobe,glove box,"
-    "bottom cupboard".split(",")
-)
-
-_FACTS = (
-    _Fact(
-        "The harbor code for {key} is {value}.",
-        "What is the harbor code for {key}?",
-        "The harbor code for {key} is {value}.",
-        _CITIES,
-        6,
-    ),
-    _Fact(
-        "The phone number of {key} is {value}.",
-        "What is the phone number of {key}?",
-        "The phone number of {key} is {value}.",
-        _PEOPLE,
-        7,
-    ),
-    _Fact(
-        "The locker number of {key} is {value}.",
-        "What is the locker number of {key}?",
-        "The locker number of {key} is {value}.",
-        _PEOPLE,
-        4,
-    ),
-    _Fact(
-        "The serial number of the {key} is {value}.",
-        "What is the serial number of the {key}?",
-        "The serial number of the {key} is {value}.",
-        _MACHINES,
-        8,
-    ),
-    _Fact('"{key}": {value},', 'What is the value of "{key}"?', 'The value of "{key}" is {value}.', _SETTINGS, 7),
-    _Fact("{value} is the {key}.", "What is the {key}?", "The {key} is {value}.", _EVERYDAY, 6),
-    _Fact(
-        "Please keep the {key} in mind: {value}.",
-        "Which {key} should you keep in mind?",
-        "The {key} is {value}.",
-        _EVERYDAY,
-        4,
-    ),
-    _Fact(
-        "{key} left the keys in the {value}.",
-        "Where did {key} leave the keys?",
-        "{key} left the keys in the {value}.",
-        _PEOPLE,
-        _PLACES,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -305,7 +217,7 @@ def _retrieval(
     right: dict[int, CalibrationItem] = {}
     failed: dict[int, _Question] = {}
     tries = _TRIES * config.items
-    kinds = np.concatenate([rng.permutation(len(_FACTS)) for _ in range(0, tries, len(_FACTS))])
+    kinds = np.concatenate([rng.permutation(len(FACTS)) for _ in range(0, tries, len(FACTS))])
     shift = rng.random()
     asked = 0
     while len(right) < config.items and asked < tries:
@@ -313,7 +225,7 @@ def _retrieval(
         asked = numbers.stop
         questions = {
             number: _question(
-                loaded.tokenizer, stream, length, _FACTS[kinds[number]], (_evenly(number) + shift) % 1, rng
+                loaded.tokenizer, stream, length, FACTS[kinds[number]], (_evenly(number) + shift) % 1, rng
             )
             for number in numbers
         }
@@ -347,7 +259,7 @@ def _question(
     tokenizer: PreTrainedTokenizerBase,
     stream: TokenStream,
     length: int,
-    kind: _Fact,
+    kind: Fact,
     depth: float,
     rng: np.random.Generator,
 ) -> _Question:
@@ -359,12 +271,12 @@ def _question(
     else:
         values = rng.choice(kind.values, len(depths), replace=False).tolist()
     facts = [
-        _ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n")
+        token_ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n")
         for key, value in zip(keys, values, strict=True)
     ]
     start, end = chat_frame(tokenizer)
-    before = np.concatenate([start, _ids(tokenizer, _RETRIEVAL_INTRO)]).astype(np.int64)
-    after = np.concatenate([_ids(tokenizer, "\n\n" + kind.question.format(key=keys[0])), end]).astype(np.int64)
+    before = np.concatenate([start, token_ids(tokenizer, _RETRIEVAL_INTRO)]).astype(np.int64)
+    after = np.concatenate([token_ids(tokenizer, "\n\n" + kind.question.format(key=keys[0])), end]).astype(np.int64)
     room = _room(RETRIEVAL, length, len(before) + sum(map(len, facts)) + len(after) + _RETRIEVAL_ANSWER)
     filler = stream.draw(room + _RETRIEVAL_ANSWER, rng)
     pieces, done = [], 0
@@ -372,7 +284,7 @@ def _question(
         place = int(depths[which] * room)
         pieces += [filler[done:place], facts[which]]
         done = place
-    answer = _ids(tokenizer, kind.answer.format(key=keys[0], value=values[0]))
+    answer = token_ids(tokenizer, kind.answer.format(key=keys[0], value=values[0]))
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return _Question(
         before=before,
@@ -396,9 +308,9 @@ def _summary(
     answer_tokens = min(config.answer_tokens, length // 4)
     count = min(max(length // 512, 3), 6)
     start, end = chat_frame(tokenizer)
-    before = np.concatenate([start, _ids(tokenizer, _SUMMARY_INTRO.format(count=count))])
-    heads = [_ids(tokenizer, f"\n\nPassage {number}:\n") for number in range(1, count + 1)]
-    after = np.concatenate([_ids(tokenizer, "\n\n" + _SUMMARY_QUESTION), end])
+    before = np.concatenate([start, token_ids(tokenizer, _SUMMARY_INTRO.format(count=count))])
+    heads = [token_ids(tokenizer, f"\n\nPassage {number}:\n") for number in range(1, count + 1)]
+    after = np.concatenate([token_ids(tokenizer, "\n\n" + _SUMMARY_QUESTION), end])
     room = _room(SUMMARY, length, len(before) + sum(map(len, heads)) + len(after) + answer_tokens)
     cuts = np.linspace(0, room, count + 1).astype(int)
     prompts = []
@@ -422,12 +334,17 @@ def _text(
     progress: Progress,
 ) -> list[CalibrationItem]:
     """Stretches of the text, each with the tokenizer's first token."""
-    first = _ids(loaded.tokenizer, "", special=True)
+    first = token_ids(loaded.tokenizer, "", special=True)
     start = length - min(_TEXT_ANSWER, length // 4)
     return [
         CalibrationItem(np.concatenate([first, stream.draw(length - len(first), rng)]), start)
         for _ in range(config.items)
     ]
+
+
+def rows_together(device: torch.device, tokens: int) -> int:
+    """How many sequences of so many tokens a device reads at once."""
+    return max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"]) // tokens)
 
 
 @torch.no_grad()
@@ -441,7 +358,7 @@ def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool
         Do not let the model end its turn before ``tokens`` tokens; else the answer ends with its turn.
     """
     model: Any = loaded.model  # `generate` is not typed as callable
-    rows = max(1, _BATCH_TOKENS.get(model.device.type, _BATCH_TOKENS["cpu"]) // prompts.shape[1])
+    rows = rows_together(model.device, prompts.shape[1])
     for first in range(0, len(prompts), rows):
         batch = torch.as_tensor(prompts[first : first + rows], device=model.device)
         output = model.generate(
@@ -454,10 +371,6 @@ def _greedy(loaded: LoadedModel, prompts: np.ndarray, tokens: int, exactly: bool
         for answer in output[:, batch.shape[1] :].cpu().numpy():
             ends = np.flatnonzero(np.isin(answer, model.generation_config.eos_token_id))
             yield answer[: ends[0] + 1] if len(ends) else answer
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> np.ndarray:
-    return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int64)
 
 
 def _room(source: str, length: int, taken: int) -> int:

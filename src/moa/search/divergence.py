@@ -5,14 +5,11 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from moa.evaluation.likelihood import logits_at
+from moa.evaluation.likelihood import divergence, logits_at
 from moa.models import LoadedModel
 from moa.plan import BLOCK, SINK, Plan
 from moa.runtime import apply
-from moa.search.calibrate import CalibrationItem, CalibrationSet
-
-# Items of one length are read together, up to this many tokens.
-_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+from moa.search.calibrate import CalibrationItem, CalibrationSet, rows_together
 
 
 class Divergence:
@@ -42,7 +39,7 @@ class Divergence:
         with apply(self._loaded.model, plan):
             for key, members in self._items.items.items():
                 pairs = zip(self._dense[key], self._log_probs(members), strict=True)
-                losses = [float((dense.exp() * (dense - other)).sum(-1).mean()) for dense, other in pairs]
+                losses = [divergence(dense, other) for dense, other in pairs]
                 found.setdefault(key[1], []).append(float(np.mean(losses)))
         return {source: float(np.mean(losses)) for source, losses in found.items()}
 
@@ -55,7 +52,7 @@ class Divergence:
         """Log-probabilities at every position of each answer: float32 [tokens, vocabulary]."""
         device = self._loaded.model.device
         length = len(items[0].input_ids)
-        rows = max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cpu"]) // length)
+        rows = rows_together(device, length)
         result: list[torch.Tensor] = []
         for first in range(0, len(items), rows):
             together = items[first : first + rows]

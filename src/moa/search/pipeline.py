@@ -319,7 +319,7 @@ def run_refine(
         partial = folder / f"measured-{upstream}.json"
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         result = list(plans)
-        for refined in found:
+        for refined in found[1:]:  # the first is among the optimizer's
             plan = Plan.from_arrays(loaded.identity, refined.alpha, refined.beta)
             provenance = {
                 "budget": _without_evaluations(budget),

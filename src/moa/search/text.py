@@ -109,6 +109,11 @@ def split_text(text: str, fractions: Sequence[float]) -> list[str]:
     return [text[start:stop] for start, stop in pairwise(cuts)]
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> np.ndarray:
+    """Tokens of a text, int64 [tokens]; ``special``: with those that the tokenizer adds."""
+    return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int64)
+
+
 def _word_end(text: str, position: int) -> int:
     while 0 < position < len(text) and not text[position].isspace():
         position += 1
