@@ -281,7 +281,7 @@ def refine(
     plans, _ = run_refine(run, loaded, calibration, plans, key, weights, budget)
     found = plans[-1].provenance.get("refined")
     if found is None:
-        out.print("No plan that was measured is better than the optimizer's best")
+        out.print("None of the plans measured is better than the optimizer's best")
     else:
         out.print(f"Loss {found['start']:.4f} before, {found['loss']:.4f} after {found['evaluations']} plans measured")
 
