@@ -24,13 +24,17 @@ def some_plan(provenance=None):
 
 
 @given(
-    st.floats(-8192, 8192), st.floats(0, 1), st.integers(1, 100_000), st.sampled_from([0, 64]), st.sampled_from([1, 64])
+    st.floats(-8192, 8192),
+    st.floats(0, 1),
+    st.integers(1, 100_000),
+    st.sampled_from([0, 4, 64]),
+    st.sampled_from([1, 16, 64]),
 )
 def test_spans_are_blocks_between_the_smallest_and_the_whole_sequence(alpha, beta, length, sink, block):
     span = ElasticRule(alpha, beta).span(length, sink, block)
     assert min(sink + block, length) <= span <= length
-    assert span % block == 0 or span in (length, sink + block)
-    if sink + block < span < length:
+    assert span % block == 0 or span == length
+    if sink + 2 * block <= span < length:
         assert alpha + beta * length <= span + 1e-3
         assert span < alpha + beta * length + block
 
@@ -56,7 +60,7 @@ def test_baselines():
     full = np.array([[True, False, False], [False, True, False]])
     spans = Plan.binary_heads(MODEL, full).spans(4096)
     assert (spans[full] == 4096).all()
-    assert (spans[~full] == 320).all()
+    assert (spans[~full] == 272).all(), "4 of the sink and 256, in whole blocks"
 
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.01, float("nan")])

@@ -41,16 +41,22 @@ class SpanLayer(CacheLayerMixin):
         value: torch.Tensor,
         sliding_window: int | None,
         backend: str | None,
+        spare: SpanStore | None,
     ) -> None:
         """Reserve slots for a plan's ``spans`` int64 [rows, kv_heads], for sequences of ``lengths`` int64 [rows].
 
-        ``backend`` is as in `moa.attention.backends.pick`.
+        ``backend`` is as in `moa.attention.backends.pick`; ``spare`` is storage that nobody uses any more.
         """
         self.seen = np.zeros(len(spans), np.int64)  # real tokens of each row
         self.lengths = lengths
         self.spans = spans
         self.sliding_window = sliding_window
-        self.store = SpanStore(self._capacity(), effective_span(0, sink, sliding_window)[1], key, value)
+        layer_sink = effective_span(0, sink, sliding_window)[1]
+        if spare is not None and spare.suits(self._capacity(), layer_sink, key, value):
+            spare.clear()
+            self.store = spare
+        else:
+            self.store = SpanStore(self._capacity(), layer_sink, key, value)
         self.backend = backends.pick(key.device, key.dtype, key.shape[-1], backend)
         self.is_initialized = True
 
@@ -78,14 +84,22 @@ class SpanLayer(CacheLayerMixin):
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Attention of new tokens, which are stored; shapes as in `moa.attention.sdpa.attend`."""
-        new = query.shape[2] if valid is None else valid.sum(axis=1)
+        self._count(query.shape[2] if valid is None else valid.sum(axis=1))
+        return self.backend.attend(self.store, query, key, value, valid, options)
+
+    def count_step(self) -> None:
+        """Count one token in every row, which a replayed decode step stores without calling `attend`."""
+        self._count(1)
+        self.columns += 1
+        self.store.written += 1
+
+    def _count(self, new: int | np.ndarray) -> None:
         if (self.seen + new > self.lengths).any():
             raise CacheError(
                 f"the SpanCache was planned for {self.lengths.tolist()} tokens a row, but would now hold "
                 f"{(self.seen + new).tolist()}; give it the total length, or call cache.grow(lengths) first"
             )
         self.seen = self.seen + new
-        return self.backend.attend(self.store, query, key, value, valid, options)
 
     # What transformers may ask ---------------------------------------------------------------------------------------
 
@@ -148,13 +162,16 @@ class SpanCache(Cache):
     plan : Plan
     lengths : int or sequence of int
         N, prompt and new tokens without padding: one for all rows, or one for each.
+    spare : sequence of SpanStore
+        Storage of each layer that nobody uses any more, taken over where it suits.
     """
 
-    def __init__(self, plan: Plan, lengths: int | Sequence[int]):
+    def __init__(self, plan: Plan, lengths: int | Sequence[int], spare: Sequence[SpanStore] = ()):
         self.span_layers = [SpanLayer() for _ in range(plan.model.layers)]
         super().__init__(layers=list(self.span_layers))
         self.plan = plan
         self._lengths = _checked(lengths)
+        self._spare = list(spare)
         self._pending: int | None = None
 
     def update(
@@ -192,7 +209,8 @@ class SpanCache(Cache):
         if not layer.is_initialized:
             lengths = self._row_lengths(len(query))
             spans = self._spans(lengths, layer_idx)
-            layer.allocate(spans, lengths, self.plan.sink, key, value, options.sliding_window, backend)
+            spare = self._spare[layer_idx] if self._spare else None
+            layer.allocate(spans, lengths, self.plan.sink, key, value, options.sliding_window, backend, spare)
         elif len(query) != len(layer.seen):
             raise CacheError(f"the SpanCache holds {len(layer.seen)} rows, but the model was called with {len(query)}")
         output = layer.attend(query, key, value, valid, options)
@@ -207,6 +225,36 @@ class SpanCache(Cache):
             if layer.is_initialized:
                 rows = self._row_lengths(len(layer.seen))
                 layer.grow(self._spans(rows, index), rows)
+
+    # Decode steps that are recorded and replayed (`moa.decode_graph`) ------------------------------------------------
+
+    def recordable(self) -> bool:
+        """Whether a step of one real token in every row does the same on the device each time and asks it nothing."""
+        return self._pending is None and all(
+            layer.is_initialized and layer.backend.recordable(layer.store) for layer in self.span_layers
+        )
+
+    def stores(self) -> list[SpanStore]:
+        """Storage of each layer that has any."""
+        return [layer.store for layer in self.span_layers if layer.is_initialized]
+
+    def row_lengths(self) -> np.ndarray:
+        """N of each row: int64 [rows]; only once there are rows."""
+        return self.span_layers[0].lengths
+
+    def counts(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """What the host counts in each layer; `set_counts` puts it back."""
+        return [(layer.columns, layer.seen, layer.store.written.copy()) for layer in self.span_layers]
+
+    def set_counts(self, counts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        self._pending = None
+        for layer, (columns, seen, written) in zip(self.span_layers, counts, strict=True):
+            layer.columns, layer.seen, layer.store.written = columns, seen, written
+
+    def count_step(self) -> None:
+        """Count one token in every row of every layer, as calling the model would."""
+        for layer in self.span_layers:
+            layer.count_step()
 
     def nbytes(self) -> int:
         """Bytes of K and V that the cache holds, measured on its buffers."""

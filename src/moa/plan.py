@@ -1,8 +1,8 @@
 """The plan: one elastic rule per layer and KV head, as frozen data.
 
 A plan says how many keys each KV head stores for a sequence of N tokens: ``span = alpha + beta * N``, rounded up to
-whole blocks and clipped to [sink + block, N]. The baselines of the field (dense, one uniform window, binary heads)
-are plans as well, so that one engine runs them all.
+whole blocks, at least the sink and one block, at most N. The baselines of the field (dense, one uniform window, binary
+heads) are plans as well, so that one engine runs them all.
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from moa.errors import InputError, PlanError
 from moa.files import read_json, write_json
 
 SCHEMA = 1
-SINK = 64
-BLOCK = 64
+SINK = 4
+BLOCK = 16
+_PUBLISHED_SINK, _PUBLISHED_BLOCK = 64, 64
 PLAN_FILE = "plan.json"
 
 _FINGERPRINT_FIELDS = (
@@ -57,10 +58,11 @@ def elastic_spans(
     Returns
     -------
     int64 array of the same shape
-        ``block * ceil((alpha + beta * N) / block)`` clipped to [min(sink + block, N), N].
+        ``block * ceil((alpha + beta * N) / block)``, at least ``block * ceil((sink + block) / block)`` and at most N.
     """
     blocks = np.ceil((np.asarray(alpha, np.float64) + np.asarray(beta, np.float64) * length) / block - 1e-6)
-    return np.clip(blocks * block, min(sink + block, length), length).astype(np.int64)
+    least = -(-(sink + block) // block)
+    return np.minimum(np.maximum(blocks, least) * block, length).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Plan:
         return cls.from_arrays(model, np.zeros_like(beta), beta, provenance={"baseline": "per layer"})
 
     @classmethod
-    def binary_heads(cls, model: ModelIdentity, full: np.ndarray, window: int = 4 * BLOCK) -> "Plan":
+    def binary_heads(cls, model: ModelIdentity, full: np.ndarray, window: int = 256) -> "Plan":
         """Full heads and streaming heads, as in DuoAttention.
 
         Parameters
@@ -313,8 +315,10 @@ class Plan:
         largest = (alphas + betas * 8192).argmax(axis=2)[:, :, None]
         return cls.from_arrays(
             model,
-            np.take_along_axis(alphas, largest, 2)[:, :, 0] + SINK,
+            np.take_along_axis(alphas, largest, 2)[:, :, 0] + _PUBLISHED_SINK,
             np.take_along_axis(betas, largest, 2)[:, :, 0],
+            _PUBLISHED_SINK,
+            _PUBLISHED_BLOCK,
             provenance={"imported": "published MoA format"},
         )
 

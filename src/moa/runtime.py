@@ -1,9 +1,9 @@
 """Running a model under a plan: `apply` switches its attention to spans, and back.
 
-Nothing of the model or of transformers is replaced. Transformers' own registries carry the attention function and the
-mask function; a SpanCache hands each layer's new keys to the attention function together with itself. The one method
-that is set on the model *object* (not on its class) is transformers' hook for making a cache, since only `generate`
-knows how long the sequences will become.
+Nothing of transformers is replaced. Transformers' own registries carry the attention function and the mask function; a
+SpanCache hands each layer's new keys to the attention function together with itself. Two methods are set on the model
+*object* (not on its class): transformers' hook for making a cache, since only `generate` knows how long the sequences
+will become, and ``forward``, which replays decode steps on a GPU (`moa.decode_graph`).
 """
 
 import weakref
@@ -20,11 +20,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from moa.attention import backends
 from moa.attention.options import AttentionOptions
 from moa.cache import SpanCache
+from moa.decode_graph import DecodeGraphs
 from moa.errors import CacheError, UnsupportedModelError
 from moa.plan import ModelIdentity, Plan
 from moa.support import check_plannable, text_part
 
 NAME = "moa_span"
+_TOKENS_AT_ONCE = 16384  # of all rows together; a longer prompt is read in chunks, whose activations take less memory
+_LEAST_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class AppliedPlan:
     def __init__(self, model: PreTrainedModel, plan: Plan, backend: str | None):
         self.model, self.plan, self.backend = model, plan, backend
         self._previous: str | dict[str, str] | None = None
+        self._own_forward = model.__dict__.get("forward")  # where another library has set one on the object
 
     def __enter__(self) -> "AppliedPlan":
         return self
@@ -60,6 +64,9 @@ class AppliedPlan:
         for module in self.model.modules():
             _IN_FORCE.pop(module, None)
         object.__delattr__(self.model, "_prepare_cache_for_generation")
+        object.__delattr__(self.model, "forward")
+        if self._own_forward is not None:
+            object.__setattr__(self.model, "forward", self._own_forward)
 
     def _put_in_force(self) -> None:
         name, text = text_part(self.model)
@@ -76,6 +83,8 @@ class AppliedPlan:
                 _IN_FORCE[module] = _InForce(self.plan, self.backend)
         # on the object alone; nn.Module's types only know tensors and modules
         object.__setattr__(self.model, "_prepare_cache_for_generation", self._prepare_cache)
+        self._graphs = DecodeGraphs(self.model, self.model.forward)
+        object.__setattr__(self.model, "forward", self._graphs)
 
     def _prepare_cache(
         self,
@@ -98,9 +107,15 @@ class AppliedPlan:
         mask = model_kwargs.get("attention_mask")  # None where nothing is padded
         padding = 0 if mask is None else (mask == 0).sum(dim=1).cpu().numpy()
         lengths = columns - padding
+        if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
+            chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // batch_size)
+            # the last column is the last new token's, so the prompt is no longer than this
+            if max_cache_length > chunk:
+                generation_config.prefill_chunk_size = chunk
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            model_kwargs["past_key_values"] = SpanCache(self.plan, lengths)
+            spare = self._graphs.spare(np.broadcast_to(lengths, batch_size))
+            model_kwargs["past_key_values"] = SpanCache(self.plan, lengths, spare)
         elif isinstance(cache, SpanCache):
             cache.grow(lengths)
         else:

@@ -111,6 +111,24 @@ class SpanStore:
         target.values[place] = self.values[index]
         return target
 
+    def suits(self, capacity: np.ndarray, sink: int, like_key: torch.Tensor, like_value: torch.Tensor) -> bool:
+        """Whether a store made with these arguments would be like this one."""
+        return (
+            (self.rows, self.heads) == capacity.shape
+            and self.sink == sink
+            and np.array_equal(self.capacity, capacity.reshape(-1))
+            and all(
+                (mine.dtype, mine.device, mine.shape[-1]) == (other.dtype, other.device, other.shape[-1])
+                for mine, other in ((self.keys, like_key), (self.values, like_value))
+            )
+        )
+
+    def clear(self) -> None:
+        """Forget everything, in place."""
+        self.written[:] = 0
+        if "on_device" in self.__dict__:
+            self.on_device.written.zero_()
+
     def take_back(self, tokens: int) -> None:
         """Forget each pair's last tokens; right only while nothing was overwritten."""
         self.written -= tokens

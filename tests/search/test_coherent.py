@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from moa.plan import BLOCK, SINK, ElasticRule
+from moa.plan import ElasticRule
 from moa.search.coherent import CoherentLoss, candidates, improve
 from moa.search.exchange import Budget, exchange
-from moa.search.influence import window_count
 from moa.search.optimize import OptimizeConfig, RuleGrid, Rules, optimize
+from moa.search.tables import BLOCK, SINK, window_count
 
 N = 1024
 GRID = RuleGrid((*(ElasticRule(alpha, 0.0) for alpha in (128.0, 256.0, 512.0)), ElasticRule(0.0, 1.0)))
@@ -66,14 +66,14 @@ def hidden_facts(items=20, layers=3, heads=4):
 
 
 def coherent(items, config):
-    return CoherentLoss({N: {"a": items}}, {"a": 1.0}, Rules.within((N,), config), config)
+    return CoherentLoss({N: {"a": items}}, {"a": 1.0}, Rules.within((N,), config).told_by((N,)))
 
 
 def test_changes_are_differences():
     rng = np.random.default_rng(0)
     config = budget_of(0.5).config
     items = np.sort(rng.random((5, 2, 3, window_count(N))))[..., ::-1]
-    loss = CoherentLoss({N: {"a": items, "b": 7 * items[:3]}}, {"a": 1.0, "b": 0.5}, Rules.within((N,), config), config)
+    loss = CoherentLoss({N: {"a": items, "b": 7 * items[:3]}}, {"a": 1.0, "b": 0.5}, Rules.within((N,), config))
     plan = rng.integers(4, size=(2, 3))
     change = loss.change(plan)
     for layer, head, rule in itertools.product(range(2), range(3), range(4)):
@@ -86,7 +86,7 @@ def test_changes_are_differences():
 def test_full_heads_beat_half_ones():
     items = hidden_facts()
     config = OptimizeConfig(0.5, lengths_constrained=(), points=1)
-    rules = Rules.within((N,), config)
+    rules = Rules.within((N,), config).told_by((N,))
     half = rules.numbers(np.zeros((3, 4)), np.full((3, 4), 0.5))
     loss = coherent(items, config)
     best = improve([half], loss, Budget(rules, config))
@@ -96,7 +96,7 @@ def test_full_heads_beat_half_ones():
     assert (spans == N).sum() >= 4
     # what only adds up cannot tell the two apart
     table = items.mean(0)
-    separate = [rules.losses(N, {N: table}, config)[0, 0, plan].sum() for plan in (half, best)]
+    separate = [rules.losses(N, {N: table})[0, 0, plan].sum() for plan in (half, best)]
     assert separate[1] == pytest.approx(separate[0], rel=0.05)
 
 
@@ -114,6 +114,6 @@ def test_candidates_are_the_optimizers_plans_and_one_more():
     assert [plan.losses for plan in found[:-1]] == [plan.losses for plan in optimize(losses, config)]
     assert found[-1].gap is None
     assert all(density <= 0.4 for density in found[-1].densities.values())
-    rules = Rules.within((N,), config)
+    rules = Rules.within((N,), config).told_by((N,))
     values = [coherent(items[N]["a"], config)(rules.numbers(plan.alpha, plan.beta)) for plan in found]
     assert values[-1] == min(values)

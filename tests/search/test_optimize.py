@@ -12,13 +12,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from moa.errors import InfeasibleBudgetError, InputError
 from moa.plan import ElasticRule, elastic_spans
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
+from moa.search.tables import BLOCK, SHORTEST, window_count
 
 SMALL_GRID = RuleGrid(
     tuple(ElasticRule(alpha, beta) for alpha in (-128.0, 128.0, 256.0) for beta in (0.0, 0.25, 0.5, 1.0))
 )
 
 
-def loss_tables(seed, layers, heads, lengths, sink=64, block=64):
+def loss_tables(seed, layers, heads, lengths):
     """Losses that fall with the window, at a pace of each head's own, to 0 where the window covers everything."""
     rng = np.random.default_rng(seed)
     size = rng.lognormal(0, 1.5, (layers, heads, 1))
@@ -26,10 +27,15 @@ def loss_tables(seed, layers, heads, lengths, sink=64, block=64):
     shape = rng.uniform(0.3, 1, (layers, heads, 1))
     tables = {}
     for length in lengths:
-        windows = max(1, -(-(length - sink) // block))
-        fall = np.exp(-((block * np.arange(1, windows + 1) / reach) ** shape))
+        windows = window_count(length)
+        fall = np.exp(-((BLOCK * np.arange(1, windows + 1) / reach) ** shape))
         tables[length] = size * rng.lognormal(0, 0.3, (layers, heads, 1)) * (fall - fall[..., -1:])
     return tables
+
+
+def told(grid, tables):
+    """The rules that tables know of: none shorter than their first entry."""
+    return RuleGrid(tuple(r for r in grid.rules if all(r.span(n) >= min(SHORTEST, n) for n in tables)))
 
 
 def loss_of(table, spans, length):
@@ -43,7 +49,7 @@ def loss_of(table, spans, length):
 
 def oracle(tables, density, lengths, grid, rules_per_layer, objective, limits=None):
     """The least loss at one length by one monolithic integer program; infinity if there is no plan."""
-    alpha, beta = (np.array([getattr(rule, name) for rule in grid.rules]) for name in ("alpha", "beta"))
+    alpha, beta = (np.array([getattr(rule, name) for rule in told(grid, tables).rules]) for name in ("alpha", "beta"))
     layers, heads = tables[objective].shape[:2]
     rules = len(alpha)
     takes = layers * heads * rules  # then one variable per layer and rule: is the rule used in the layer?
@@ -219,17 +225,13 @@ def test_a_few_heads_that_outweigh_the_rest_by_far_do_not_hide_them():
     ("sink", "block", "length"), [(64, 64, 40), (64, 64, 100), (64, 64, 1000), (16, 32, 333), (0, 128, 1024)]
 )
 def test_any_length_sink_and_block(sink, block, length):
-    tables = loss_tables(1, 2, 3, [length], sink, block)
-    config = OptimizeConfig(1.0 if length <= sink + block else 0.7, (), sink=sink, block=block)
+    tables = loss_tables(1, 2, 3, [length])
+    config = OptimizeConfig(1.0 if length <= SHORTEST else 0.7, (), sink=sink, block=block)
     (plan,) = optimize(tables, config)
     spans = elastic_spans(plan.alpha, plan.beta, length, sink, block)
     assert spans.mean() / length == plan.densities[length] <= config.density
-    expected = sum(
-        tables[length][layer, head, (span - sink) // block - 1]
-        for (layer, head), span in np.ndenumerate(spans)
-        if span < length
-    )
-    assert plan.losses[length] == pytest.approx(expected)
+    assert spans.min() >= min(SHORTEST, length), "tables say nothing about shorter ones"
+    assert plan.losses[length] == pytest.approx(loss_of(tables[length], spans, length))
 
 
 def test_a_budget_below_the_cheapest_rules_names_the_nearest():
@@ -312,10 +314,10 @@ def test_the_default_grid_holds_the_full_and_the_shortest_span(longest):
     for length in (longest, 2 * longest):
         spans = [rule.span(length) for rule in rules]
         assert max(spans) == length
-        assert min(spans) == min(128, length)
+        assert min(spans) == min(32, length)
     assert ElasticRule(0.0, 1.0) in rules
     if longest >= 1024:
-        assert {128, 192, 256, 384, 512} <= {rule.alpha for rule in rules if rule.beta == 0}
+        assert {32, 48, 64, 96, 128, 192, 256, 384, 512} <= {rule.alpha for rule in rules if rule.beta == 0}
 
 
 @settings(max_examples=25, deadline=None)

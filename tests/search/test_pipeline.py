@@ -11,9 +11,9 @@ from moa.progress import Progress
 from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
-from moa.search.influence import window_count
 from moa.search.pipeline import BudgetConfig, DataConfig, Run, run_optimize, search
 from moa.search.profile import Profile
+from moa.search.tables import window_count
 from moa.search.text import TextSource, default_text
 
 DATA = DataConfig(lengths=(320,), items=1, validation_items=1, validation_length=384)

@@ -1,6 +1,7 @@
 """Which implementation of span attention runs: picked once per storage, and said in the log.
 
-All have the same two functions, ``prefill`` (whole sequences) and ``attend`` (new tokens over a SpanStore).
+All have the same functions: ``prefill`` (whole sequences), ``attend`` (new tokens over a SpanStore), and ``recordable``
+(whether decode steps over a SpanStore may be recorded as a CUDA graph).
 """
 
 import logging

@@ -19,6 +19,7 @@ from moa.storage import SpanStore
 
 _PROGRAMS_PER_PROCESSOR = 3  # pieces of a decode step: enough to even out, few enough to add up fast
 HEAD_DIMS = (16, 256)
+_WORK = "work_list"  # where a store keeps its work list
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -157,12 +158,17 @@ def attend(
     return output
 
 
+def recordable(store: SpanStore) -> bool:
+    """Whether decode steps may become part of a CUDA graph: from the second one on, they leave the host alone."""
+    return store.keys.is_cuda and _WORK in store.__dict__
+
+
 def _work(store: SpanStore) -> WorkList:
     """The store's work list, built at its first decode step."""
-    found: WorkList | None = store.__dict__.get("work_list")
+    found: WorkList | None = store.__dict__.get(_WORK)
     if found is None:
         found = work_list(store.capacity, store.keys.device, _PROGRAMS_PER_PROCESSOR * _processors(store.keys.device))
-        store.__dict__["work_list"] = found
+        store.__dict__[_WORK] = found
     return found
 
 

@@ -88,6 +88,11 @@ def attend(
     return output
 
 
+def recordable(store: SpanStore) -> bool:
+    """Never: slots are counted on the host."""
+    return False
+
+
 def _decode(
     store: SpanStore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:

@@ -20,13 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from moa.attention import kernels
 from moa.attention.options import AttentionOptions
 from moa.errors import InputError
-from moa.plan import SINK
 from moa.progress import SILENT, Progress
 from moa.storage import SpanStore
 
 _DEVICE = torch.device("cuda")
 _DTYPE = torch.bfloat16
 _DIM = 128
+_SINK = 64  # as in the paper
 _DENSE = ("SDPA flash, dense", "SDPA cuDNN, dense")
 
 
@@ -143,8 +143,8 @@ def _spans(case: _Case) -> np.ndarray:
     n, heads = case.length, case.kv_heads
     spans = np.full(heads, n)
     if case.mixed:
-        spans[: heads // 2] = n // 8 + SINK
-        spans[heads // 2 : heads // 2 + heads // 4] = n // 2 + SINK
+        spans[: heads // 2] = n // 8 + _SINK
+        spans[heads // 2 : heads // 2 + heads // 4] = n // 2 + _SINK
     return np.repeat(np.random.default_rng(0).permutation(spans)[None], case.rows, axis=0)
 
 
@@ -157,8 +157,8 @@ def _prefill_floor(case: _Case, flops: float) -> float:
     i = np.arange(n)
     seen = 0
     for span in _spans(case)[0]:
-        window = span - SINK
-        seen += int(np.minimum(i + 1, np.maximum(window, 0) + np.minimum(SINK, np.maximum(i + 1 - window, 0))).sum())
+        window = span - _SINK
+        seen += int(np.minimum(i + 1, np.maximum(window, 0) + np.minimum(_SINK, np.maximum(i + 1 - window, 0))).sum())
     return 4 * _DIM * seen * case.group / flops * 1e3
 
 
@@ -168,7 +168,7 @@ def _decode_methods(case: _Case) -> Methods:
     spans = _spans(case)
     query = torch.randn(rows, heads * group, 1, _DIM, device=_DEVICE, dtype=_DTYPE)
     new = torch.randn(rows, heads, 1, _DIM, device=_DEVICE, dtype=_DTYPE)
-    store = SpanStore(spans, SINK, new, new)
+    store = SpanStore(spans, _SINK, new, new)
     store.keys.normal_()
     store.values.normal_()
     store.written += store.capacity + 7  # every ring is full
@@ -215,7 +215,7 @@ def _prefill_methods(case: _Case) -> Methods:
             counts,
             nothing,
             nothing[:1],
-            SINK,
+            _SINK,
             False,
             False,
             options.scaling,
@@ -239,20 +239,20 @@ def _block_mask(spans: torch.Tensor, length: int, block: int = 128) -> Any:
     """FlexAttention's mask of spans int64 [heads] over whole blocks, without ever making [length, length]."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    window = (spans - SINK)[:, None, None]
+    window = (spans - _SINK)[:, None, None]
     i = torch.arange(length // block, device=_DEVICE)[None, :, None]
     j = torch.arange(length // block, device=_DEVICE)[None, None, :]
-    some = (j <= i) & ((j * block < SINK) | ((i - j) * block - (block - 1) < window))
-    all_seen = (j < i) & (((j + 1) * block <= SINK) | ((i - j) * block + block - 1 < window))
+    some = (j <= i) & ((j * block < _SINK) | ((i - j) * block - (block - 1) < window))
+    all_seen = (j < i) & (((j + 1) * block <= _SINK) | ((i - j) * block + block - 1 < window))
 
     def lists(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         order = blocks.int().argsort(dim=-1, descending=True, stable=True)
         return blocks.sum(-1).int()[None], order.int()[None]
 
-    limits = spans - SINK
+    limits = spans - _SINK
 
     def seen(batch: Any, head: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & ((k < SINK) | (q - k < limits[head]))
+        return (k <= q) & ((k < _SINK) | (q - k < limits[head]))
 
     partial, full = lists(some & ~all_seen), lists(all_seen)
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=block, mask_mod=seen)

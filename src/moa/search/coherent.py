@@ -31,7 +31,6 @@ class CoherentLoss:
     weights : mapping of source to float
         What each source counts, in units of what it loses when every head has the shortest span.
     rules : Rules
-    config : OptimizeConfig
     """
 
     def __init__(
@@ -39,13 +38,12 @@ class CoherentLoss:
         items: Mapping[int, Mapping[str, np.ndarray]],
         weights: Mapping[str, float],
         rules: Rules,
-        config: OptimizeConfig,
     ):
         self._parts: list[tuple[float, np.ndarray]] = []  # weight, effect [items, layers, heads, rules]
         for length in rules.spans:
             nearest = min(items, key=lambda other: abs(np.log(other / length)))
             for source, tables in items[nearest].items():
-                effects = rules.losses(length, {nearest: tables}, config)
+                effects = rules.losses(length, {nearest: tables})
                 unit = np.square(effects.max(-1).sum((1, 2))).mean()
                 # at lengths that one window covers nothing can be lost
                 self._parts.append((weights[source] / unit if unit > 0 else 0.0, effects))
@@ -91,12 +89,12 @@ def candidates(
     """
     losses = mean_losses(items)
     found = optimize(losses, config, progress)
-    rules = Rules.within(items, config)
+    rules = Rules.within(items, config).told_by(items)
     ends = RuleGrid(tuple(ElasticRule(rules.alpha[end], rules.beta[end]) for end in (0, -1)))
     starts = [*found, *optimize(losses, replace(config, grid=ends, points=1))]
     numbers = [rules.numbers(start.alpha, start.beta) for start in starts]
-    best = improve(numbers, CoherentLoss(items, weights, rules, config), Budget(rules, config), progress)
-    return [*found, rules.plan(best, losses, config, None)]
+    best = improve(numbers, CoherentLoss(items, weights, rules), Budget(rules, config), progress)
+    return [*found, rules.plan(best, losses, None)]
 
 
 def improve(

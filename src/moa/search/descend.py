@@ -19,7 +19,7 @@ from moa.search.exchange import Budget
 _WINDOW = 1 / 4  # share of the text that a head below the top of the ladder sees at most
 _RUNG = 3 / 4  # of the rung above, at most
 _LEAST_SHRINK = 0.07  # of the tokens stored go in a round
-LEAST_ROUNDS = 6  # from the top of the ladder to its foot
+LEAST_ROUNDS = 6  # fewer would take steps that were not measured side by side
 
 
 def ladder(budget: Budget) -> np.ndarray:

@@ -7,9 +7,10 @@ import torch
 
 from moa.evaluation.likelihood import divergence, logits_at
 from moa.models import LoadedModel
-from moa.plan import BLOCK, SINK, Plan
+from moa.plan import Plan
 from moa.runtime import apply
 from moa.search.calibrate import CalibrationItem, CalibrationSet, rows_together
+from moa.search.tables import SHORTEST
 
 
 class Divergence:
@@ -23,14 +24,15 @@ class Divergence:
         With no plan in force.
     items : CalibrationSet
     weights : mapping of source to float
-        What each source counts in `total`, in units of what it loses when every head has the shortest span.
+        What each source counts in `total`, in units of what it loses when every head has the shortest span that loss
+        tables know of.
     """
 
     def __init__(self, loaded: LoadedModel, items: CalibrationSet, weights: Mapping[str, float]):
         self._loaded, self._items, self._weights = loaded, items, weights
         self._dense = {key: self._log_probs(members) for key, members in items.items.items()}
         identity = loaded.identity
-        shortest = np.full((identity.layers, identity.kv_heads), float(SINK + BLOCK))
+        shortest = np.full((identity.layers, identity.kv_heads), float(SHORTEST))
         self._unit = self.by_source(Plan.from_arrays(identity, shortest, 0 * shortest))
 
     def by_source(self, plan: Plan) -> dict[str, float]:
@@ -44,7 +46,7 @@ class Divergence:
         return {source: float(np.mean(losses)) for source, losses in found.items()}
 
     def total(self, by_source: Mapping[str, float]) -> float:
-        """The weighted sum; the sum of the weights when every head has the shortest span."""
+        """The weighted sum; the sum of the weights when every head has that span."""
         return sum(self._weights[source] * loss / max(self._unit[source], 1e-12) for source, loss in by_source.items())
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ import torch
 
 from moa.attention import backends, sdpa
 from moa.attention.options import AttentionOptions, effective_span
-from moa.plan import BLOCK, SINK
+from moa.search.tables import BLOCK, SINK, window_count
 
 
 class Estimator(StrEnum):
@@ -34,11 +34,6 @@ class Estimator(StrEnum):
 
     JOINT = "joint"  # the exact first-order effect of masking the whole set, squared, summed over rows
     PAPER = "paper"  # absolute effects of masking single keys, summed over rows and keys
-
-
-def window_count(length: int) -> int:
-    """Entries of a loss table at sequence length ``length``: windows of 1, 2, ... blocks until all keys are kept."""
-    return max(1, -(-(length - SINK) // BLOCK))
 
 
 @dataclass

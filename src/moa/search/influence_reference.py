@@ -6,8 +6,7 @@ import torch
 
 from moa.attention.options import AttentionOptions
 from moa.attention.reference import visible_keys
-from moa.plan import BLOCK, SINK
-from moa.search.influence import window_count
+from moa.search.tables import BLOCK, SINK, window_count
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moa.errors import InfeasibleBudgetError, InputError
 from moa.plan import BLOCK, SINK, ElasticRule, check_density, elastic_spans
 from moa.progress import SILENT, Progress
 from moa.search.assignment import Assignment, AssignmentProblem, assign
+from moa.search.tables import SHORTEST, entry, window_count
 
 _SOLVE_SHARE = 0.8  # of the gap allowed to a plan: what its solve may leave, the rest is for breaking ties
 _TIE_SHARE = 0.1  # of the gap allowed to a plan: what the other objectives weigh together in a solve
@@ -49,7 +50,7 @@ class RuleGrid:
         return cls(_product([0.0], _SLOPES))
 
     @classmethod
-    def binary(cls, window: int = 4 * BLOCK) -> "RuleGrid":
+    def binary(cls, window: int = 256) -> "RuleGrid":
         """Everything, or the sink and one window: the full and streaming heads of DuoAttention."""
         return cls((ElasticRule(float(SINK + window), 0.0), ElasticRule(0.0, 1.0)))
 
@@ -57,12 +58,12 @@ class RuleGrid:
     def scaled(cls, longest: int, sink: int = SINK, block: int = BLOCK) -> "RuleGrid":
         """Some two hundred rules that scale with the longest profile length.
 
-        Constant spans, finer where they are short, from the shortest there is; and alpha + beta * N, with beta in
+        Constant spans, finer where they are short, from the shortest on; and alpha + beta * N, with beta in
         steps of 1/32 up to 1/4 and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to
         ``longest / 2``. The full rule (0, 1) is one of them. Rules ``2 N - L`` see all from L on and little at L / 2:
         where a budget has room for few full heads at short lengths, and for more at long ones.
         """
-        shortest = sink + block
+        shortest = int(elastic_spans(0.0, 0.0, 1 << 62, sink, block))
         steps = {step * block << power for power in range(longest.bit_length()) for step in (2, 3)}
         constants = [shortest, *sorted(alpha for alpha in steps if shortest < alpha < longest)]
         shifts = {
@@ -159,8 +160,8 @@ def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress:
     Parameters
     ----------
     losses : mapping from profile length N to float64 [layers, kv_heads, windows]
-        Entry w is the loss of a head whose window is ``block * (w + 1)`` tokens; windows = max(1, ceil((N - sink) /
-        block)). A span that covers all of N has no loss.
+        Laid out as `moa.search.tables` says. A span that covers all of N has no loss; rules with shorter spans than
+        the tables know of are not used.
     config : OptimizeConfig
     progress : Progress
 
@@ -176,16 +177,16 @@ def optimize(losses: Mapping[int, np.ndarray], config: OptimizeConfig, progress:
     InputError
         If a table is missing, of the wrong shape, negative or not finite.
     """
-    tables = _checked(losses, config)
+    tables = _checked(losses)
     lengths = tuple(tables)
-    rules = Rules.within(lengths, config)
-    cost = np.stack([rules.losses(length, tables, config) for length in lengths])
-    unprofiled = [rules.losses(length, tables, config) for length in rules.spans if length not in tables]
+    rules = Rules.within(lengths, config).told_by(lengths)
+    cost = np.stack([rules.losses(length, tables) for length in lengths])
+    unprofiled = [rules.losses(length, tables) for length in rules.spans if length not in tables]
     search = _Search(cost, np.sum(unprofiled, axis=0) if unprofiled else None, rules, config)
-    return [rules.plan(found.choice, tables, config, found.gap) for found in search.run(progress)]
+    return [rules.plan(found.choice, tables, found.gap) for found in search.run(progress)]
 
 
-def _checked(losses: Mapping[int, np.ndarray], config: OptimizeConfig) -> dict[int, np.ndarray]:
+def _checked(losses: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
     """The tables as float64, by rising length, or an `InputError`."""
     if not losses:
         raise InputError("no loss tables: profile at least one length before optimizing")
@@ -194,11 +195,11 @@ def _checked(losses: Mapping[int, np.ndarray], config: OptimizeConfig) -> dict[i
     for length, table in tables.items():
         if length < 1:
             raise InputError(f"profile length {length} is not possible: give a token count of at least 1")
-        windows = max(1, -(-(length - config.sink) // config.block))
+        windows = window_count(length)
         if table.ndim != 3 or table.size == 0 or table.shape != (*heads, windows):
             raise InputError(
                 f"the loss table of length {length} has shape {table.shape}, expected (layers, KV heads, {windows}) "
-                f"with the same layers and heads at every length and sink {config.sink}, block {config.block}"
+                "with the same layers and heads at every length"
             )
         if not np.isfinite(table).all() or table.min() < 0:
             raise InputError(
@@ -256,30 +257,34 @@ class Rules:
         number = {rule: index for index, rule in enumerate(zip(self.alpha, self.beta, strict=True))}
         return np.array([number[rule] for rule in zip(alpha.flat, beta.flat, strict=True)]).reshape(alpha.shape)
 
-    def plan(
-        self, choice: np.ndarray, tables: Mapping[int, np.ndarray], config: OptimizeConfig, gap: float | None
-    ) -> ParetoPlan:
+    def plan(self, choice: np.ndarray, tables: Mapping[int, np.ndarray], gap: float | None) -> ParetoPlan:
         """The plan of these numbers of rules, int64 [layers, heads]."""
         layer, head = np.ogrid[: choice.shape[0], : choice.shape[1]]
         return ParetoPlan(
             alpha=self.alpha[choice],
             beta=self.beta[choice],
-            losses={length: float(self.losses(length, tables, config)[layer, head, choice].sum()) for length in tables},
+            losses={length: float(self.losses(length, tables)[layer, head, choice].sum()) for length in tables},
             densities={
                 length: _density(spans[choice].sum(), choice.size, length) for length, spans in self.spans.items()
             },
             gap=gap,
         )
 
-    def losses(self, length: int, tables: Mapping[int, np.ndarray], config: OptimizeConfig) -> np.ndarray:
+    def losses(self, length: int, tables: Mapping[int, np.ndarray]) -> np.ndarray:
         """Loss of every rule at one length: [..., rules], where tables are [..., windows].
 
         At a length that was not profiled, a guess: the loss at the nearest one that was, at the same density.
         """
         spans = self.spans[length]
         profiled = min(tables, key=lambda other: abs(math.log(other / length)))
-        entry = (spans * profiled // length - config.sink) // config.block - 1
-        return np.where(spans >= length, 0.0, tables[profiled][..., np.maximum(entry, 0)])
+        return np.where(spans >= length, 0.0, tables[profiled][..., entry(spans * profiled // length)])
+
+    def told_by(self, lengths: Iterable[int]) -> "Rules":
+        """The rules of which the loss tables of these lengths know."""
+        known = np.logical_and.reduce([self.spans[length] >= min(SHORTEST, length) for length in lengths])
+        if not known.any():
+            raise InputError(f"all rules of the grid have spans below {SHORTEST}, where loss tables begin; add longer")
+        return Rules(self.alpha[known], self.beta[known], {length: row[known] for length, row in self.spans.items()})
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from moa.search.influence import Estimator
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import refine
+from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
 DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 1.0, "summary": 0.25}
-_SHORTEST = SINK + BLOCK  # span
 _EVALUATIONS, _HEAD_EVALUATIONS = 1000, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
@@ -254,16 +254,17 @@ def run_optimize(
 ) -> tuple[list[Plan], str]:
     """Third stage: Pareto plans for ``model`` within the budget; ``weights`` mix the calibration sources."""
     check_density(budget.density)
-    inputs = {"profile": upstream, "weights": dict(weights), "budget": _without_evaluations(budget)}
+    grain = {"sink": SINK, "block": BLOCK}
+    inputs = {"profile": upstream, "weights": dict(weights), "budget": _without_evaluations(budget), **grain}
 
     def compute(folder: Path) -> list[Plan]:
         losses = item_losses(tables, model.kv_heads, weights)
         for length in sorted(losses):
-            if budget.density * length < 1.5 * _SHORTEST:
+            if budget.density * length < 1.5 * SHORTEST:
                 run.progress.say(
                     f"at {length} tokens density {budget.density} leaves a head {budget.density * length:.0f} on "
-                    f"average, and the shortest span is {_SHORTEST}: that leaves little to choose, and binds longer "
-                    "lengths too; consider longer --lengths"
+                    f"average, and loss tables begin at a span of {SHORTEST}: that leaves little to choose, and binds "
+                    "longer lengths too; consider longer --lengths"
                 )
         plans = [
             Plan.from_arrays(

@@ -20,7 +20,7 @@ import triton.language as tl
 from moa.attention.triton_decode import LOG2_E, softcapped
 from moa.attention.triton_prefill import launch as launch_forward
 from moa.attention.triton_store import tile_size
-from moa.plan import BLOCK
+from moa.search.tables import BLOCK
 
 _ROWS_AT_ONCE = 4096
 _LARGE = tl.constexpr(0.75)  # only one key of a row can have more attention than this

@@ -1,0 +1,166 @@
+"""Decode steps as CUDA graphs: the second step of a cache is recorded, all later ones are replayed.
+
+A decode step of a model starts some hundred kernels; the host takes longer to start them than a GPU takes to run
+them. Under a plan all of a step's counts lie on the device, so one recording serves every step until the cache's
+storage changes. A new cache for sequences of the same lengths takes over the storage of one that nobody holds any
+more, and the recording with it.
+
+What is not a plain step of one real token in every row runs as it always does: prompts, chunks, padding, steps that
+ask for hidden states, and models that cannot be recorded (the log says why).
+"""
+
+import copy
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moa.cache import SpanCache
+from moa.storage import DeviceCounts, SpanStore
+
+_LOG = logging.getLogger("moa")
+_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values"})
+_HARMLESS = frozenset({"use_cache", "return_dict", "logits_to_keep"})  # a step of one token heeds none of them
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One token for every row: int64 [rows, 1] on the device; positions as the model takes them."""
+
+    cache: SpanCache
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+
+class DecodeGraphs:
+    """The ``forward`` of a model under a plan: replays a step where it can, else calls the model's own.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    forward : callable
+        The model's own forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]):
+        self._model, self._forward = model, forward
+        self.__signature__ = inspect.signature(forward)  # generate reads it
+        self._recording: _Recording | None = None
+        self._able = {"input_ids", "position_ids"} <= self.__signature__.parameters.keys()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self._step(args, kwargs) if self._able else None
+        if step is None:
+            return self._forward(*args, **kwargs)
+        if self._recording is None or not self._recording.serves(step):
+            self._recording = None  # its memory goes first
+            if not step.cache.recordable() or not self._record(step):
+                return self._forward(*args, **kwargs)
+        assert self._recording is not None
+        return self._recording.replay(step)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeGraphs":
+        """For a copy of the model; recordings stay behind."""
+        return DecodeGraphs(copy.deepcopy(self._model, memo), copy.deepcopy(self._forward, memo))
+
+    def spare(self, lengths: np.ndarray) -> list[SpanStore]:
+        """Storage of a cache for sequences of the same ``lengths`` [rows] that is used no more; else none at all."""
+        recording = self._recording
+        if recording is not None and recording.cache() is None and np.array_equal(recording.lengths, lengths):
+            return recording.stores
+        self._recording = None
+        return []
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
+        """The step, if this is one that can be recorded."""
+        given = self.__signature__.bind_partial(*args, **kwargs).arguments if args else kwargs
+        ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+        if not isinstance(cache, SpanCache) or ids is None or ids.shape[1] != 1 or not ids.is_cuda:
+            return None
+        if torch.is_grad_enabled() or self._model.training or given.get("return_dict") is False:
+            return None
+        if any(value for name, value in given.items() if name not in _INPUTS | _HARMLESS):
+            return None
+        positions = given.get("position_ids")
+        # a row whose new token is padding stores nothing: that is another step
+        if mask is not None and (mask.ndim != 2 or positions is None or not mask[:, -1].all()):
+            return None
+        if positions is None:
+            positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
+        return _Step(cache, ids, positions)
+
+    def _record(self, step: _Step) -> bool:
+        """Record the step, which has not run then; False if the model does not let itself be recorded."""
+        reason = _against(self._model)
+        counts = step.cache.counts()
+        if reason is None:
+            try:
+                self._recording = _Recording(self._model, self._forward, step)
+            except RuntimeError as error:
+                reason = f"{type(error).__name__}: {error}"
+            finally:
+                step.cache.set_counts(counts)
+        if reason is not None:
+            self._able = False
+            _LOG.warning("decode steps are not recorded as CUDA graphs and will be slower: %s", reason)
+        return reason is None
+
+
+class _Recording:
+    """A step on tensors of its own, as a CUDA graph."""
+
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], step: _Step):
+        self.cache = weakref.ref(step.cache)
+        self.stores = step.cache.stores()
+        self.lengths = step.cache.row_lengths()
+        self._counts: list[DeviceCounts] = [store.on_device for store in self.stores]
+        self._weight = next(model.parameters())
+        self._address = self._weight.data_ptr()
+        self._ids, self._positions = step.ids.clone(), step.positions.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(step.ids.device),
+            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+        ):
+            output = forward(
+                input_ids=self._ids, position_ids=self._positions, past_key_values=step.cache, use_cache=True
+            )
+            self._logits: torch.Tensor = output.logits
+
+    def serves(self, step: _Step) -> bool:
+        """Whether a replay would be this step: the same storage, weights and shapes."""
+        stores = step.cache.stores()
+        return (
+            len(stores) == len(self.stores)
+            and all(store is mine for store, mine in zip(stores, self.stores, strict=True))
+            and all(store.on_device is counts for store, counts in zip(stores, self._counts, strict=True))
+            and step.ids.shape == self._ids.shape
+            and step.positions.shape == self._positions.shape
+            and self._weight.data_ptr() == self._address
+        )
+
+    def replay(self, step: _Step) -> CausalLMOutputWithPast:
+        step.cache.count_step()
+        self.cache = weakref.ref(step.cache)
+        self._ids.copy_(step.ids)
+        self._positions.copy_(step.positions)
+        self._graph.replay()
+        return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+
+
+def _against(model: PreTrainedModel) -> str | None:
+    """Why a replay would not do what a call of the model does, or None."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return "the model has forward hooks, which a replay would pass by"
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return "the model has adapters, which may be switched between steps"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model is spread over several devices"
+    return None
