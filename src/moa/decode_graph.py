@@ -61,7 +61,7 @@ class DecodeGraphs:
             return self._forward(*args, **kwargs)
         if self._recording is None or not self._recording.serves(step):
             self._recording = None  # its memory goes first
-            if not step.cache.recordable() or not self._record(step):
+            if not self._record(step):
                 return self._forward(*args, **kwargs)
         assert self._recording is not None
         return self._recording.replay(step)
@@ -82,7 +82,7 @@ class DecodeGraphs:
         """The step, if this is one that can be recorded."""
         given = self.__signature__.bind_partial(*args, **kwargs).arguments if args else kwargs
         ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
-        if not isinstance(cache, SpanCache) or ids is None or ids.shape[1] != 1 or not ids.is_cuda:
+        if not isinstance(cache, SpanCache) or ids is None or ids.shape[1] != 1 or not cache.recordable():
             return None
         if torch.is_grad_enabled() or self._model.training or given.get("return_dict") is False:
             return None
@@ -124,15 +124,8 @@ class _Recording:
         self._weight = next(model.parameters())
         self._address = self._weight.data_ptr()
         self._ids, self._positions = step.ids.clone(), step.positions.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(step.ids.device),
-            torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
-        ):
-            output = forward(
-                input_ids=self._ids, position_ids=self._positions, past_key_values=step.cache, use_cache=True
-            )
-            self._logits: torch.Tensor = output.logits
+        inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": step.cache}
+        self._logits, self._run = _capture(forward, inputs)
 
     def serves(self, step: _Step) -> bool:
         """Whether a replay would be this step: the same storage, weights and shapes."""
@@ -151,14 +144,28 @@ class _Recording:
         self.cache = weakref.ref(step.cache)
         self._ids.copy_(step.ids)
         self._positions.copy_(step.positions)
-        self._graph.replay()
+        self._run()
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+
+
+def _capture(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Where the logits of a call of ``forward`` will be, and what makes that call; it has not been made yet."""
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(inputs["input_ids"].device),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
+        logits: torch.Tensor = forward(**inputs, use_cache=True).logits
+    return logits, graph.replay
 
 
 def _against(model: PreTrainedModel) -> str | None:
     """Why a replay would not do what a call of the model does, or None."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "the model has forward hooks, which a replay would pass by"
+    for module in model.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            # transformers' own collect what is asked for (hidden states), and then nothing is replayed
+            if getattr(hook, "__module__", "").split(".")[0] != "transformers":
+                return f"the model has forward hooks ({hook!r}), which a replay would pass by"
     if getattr(model, "_hf_peft_config_loaded", False):
         return "the model has adapters, which may be switched between steps"
     if len({parameter.device for parameter in model.parameters()}) > 1:
