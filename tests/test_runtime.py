@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextStr
 
 import moa
 from masked_model import eager_logits, masked_logits
+from moa import runtime
 from moa.attention import backends
 from moa.errors import CacheError, InputError, PlanError, UnsupportedModelError
 from tiny_models import COMMON, EXTRA, random_ids, random_plan, tiny_model
@@ -255,3 +256,21 @@ def test_a_copy_of_a_model_under_a_plan_does_not_run_densely(model, plan):
         clone = copy.deepcopy(model)
     with pytest.raises(UnsupportedModelError, match=r"moa\.apply"), torch.no_grad():
         clone(random_ids(1, 5), use_cache=False)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_prompts_are_read_in_chunks(model, plan, monkeypatch, padded):
+    """Without being asked to, and with the same result; a chunk may be nothing but padding for one of the rows."""
+    ids, sizes = random_ids(2, 300), []
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :200] = 0
+    with moa.apply(model, plan):
+        whole = generate(model, ids, attention_mask=mask)
+        monkeypatch.setattr(runtime, "_TOKENS_AT_ONCE", 160)
+        monkeypatch.setattr(runtime, "_LEAST_CHUNK", 64)
+        hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[1]))
+        pieces = generate(model, ids, attention_mask=mask)
+        hook.remove()
+    assert sizes[:4] == [80, 80, 80, 60]
+    assert pieces.tolist() == whole.tolist()

@@ -591,7 +591,7 @@ def bench_throughput(
         "dense-dynamic,dense-static,uniform"
     ),
     lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "4096",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    batch: Annotated[str, typer.Option(help="Sequences at once, or max: as many as fit on the GPU.")] = "1",
     steps: Annotated[int, typer.Option(min=1, help="Tokens in each of six timed rounds.")] = 16,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
     dtype: DType = "auto",
@@ -617,6 +617,7 @@ def bench_throughput(
     if set(others) - {DENSE_DYNAMIC, DENSE_STATIC, "uniform"}:
         raise InputError(f"--against {against!r}: expected some of {DENSE_DYNAMIC}, {DENSE_STATIC}, uniform; or none")
     wanted = _numbers(lengths, "--lengths") or ()
+    rows = None if batch == "max" else (_numbers(batch, "--batch") or (1,))[0]
     plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
     if shape is not None:
         on = pick_device(device)
@@ -634,7 +635,7 @@ def bench_throughput(
     dense = [name for name in others if name != "uniform"]
 
     def run() -> dict[str, Any]:
-        found = measure(loaded, plans, dense, wanted, batch, steps, Progress(quiet))
+        found = measure(loaded, plans, dense, wanted, rows, steps, Progress(quiet))
         return {"device": device_info([device]), **found}
 
     _bench(json, to_markdown, run)

@@ -7,6 +7,7 @@ half a minute the first time, under a second from then on.
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
 import re
 import shutil
@@ -159,13 +160,25 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     return before, after
 
 
+def chat_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that the chat template puts between an answer and the next user message, the answer's end included."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+    _, answer, _ = _render(tokenizer, "", _MESSAGE, _MESSAGE).split(_MESSAGE)
+    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
 _MESSAGE = "<<message>>"
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, user: str) -> str:
-    """The chat template as text; models that can think aloud first are told not to."""
+def _render(tokenizer: PreTrainedTokenizerBase, *messages: str) -> str:
+    """The chat template as text, user and assistant in turn; models that can think aloud first are told not to."""
+    roles = itertools.cycle(["user", "assistant"])
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        [{"role": role, "content": message} for role, message in zip(roles, messages, strict=False)],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
     )
     return str(text)
 

@@ -75,6 +75,7 @@ def test_all_methods_decode_the_same_tokens_where_nothing_is_left_out(loaded):
         ([], [64], 1, 16, "64.*rounds of 16"),
         ([], [], 1, 1, "at least one length"),
         ([], [LENGTH], 0, 1, "one sequence"),
+        ([], [LENGTH], None, 1, "on a GPU only"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(loaded, against, lengths, batch, steps, reason):
@@ -90,6 +91,7 @@ def test_what_cannot_be_measured_is_refused(loaded, against, lengths, batch, ste
         (["--shape", "llama-8t"], "llama-7b"),
         (["demo", "--density", "half"], "--density 'half'"),
         (["demo", "--against", "per-layer"], "uniform; or none"),
+        (["demo", "--batch", "most"], "--batch 'most'"),
         (["--shape", "llama-7b", "--dtype", "int7"], "int7"),
     ],
 )
@@ -107,5 +109,5 @@ def test_the_command_writes_its_table(tmp_path, demo_model):
         main(["bench", "throughput", "demo", "--lengths", "320", "--steps", "1", "--json", str(target), "--quiet"])
     assert not end.value.code
     result = json.loads(target.read_text(encoding="utf-8"))
-    assert [row["method"] for row in result["rows"]] == ["dense-dynamic", "dense-static", "MoA 50 %", "uniform 60 %"]
+    assert [row["method"] for row in result["rows"]] == ["dense-dynamic", "dense-static", "MoA 50 %", "uniform 50 %"]
     assert target.with_suffix(".md").read_text(encoding="utf-8").count("\n| demo |") == 4

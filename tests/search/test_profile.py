@@ -15,9 +15,9 @@ from moa.errors import InputError, UnsupportedModelError
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity
 from moa.progress import Progress
-from moa.search.calibrate import CalibrationItem, CalibrationSet
 from moa.search.influence import Estimator
 from moa.search.influence_reference import attention_influence
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.profile import Profile, ProfileConfig, answer_loss, kv_losses, profile
 
 COMMON = {
@@ -72,7 +72,7 @@ def tiny(model_type="llama", dtype=torch.float64):
 
 def item(length, answer, seed=0):
     ids = np.random.default_rng(seed).integers(1, 99, length)
-    return CalibrationItem(ids, length - answer)
+    return CalibrationItem(ids, np.arange(length - answer, length))
 
 
 CALIBRATION = CalibrationSet(

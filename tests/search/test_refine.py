@@ -5,8 +5,9 @@ import pytest
 
 from moa.plan import ModelIdentity, Plan
 from moa.search import refine as stage
-from moa.search.calibrate import CalibrateConfig, CalibrationItem, CalibrationSet, calibrate
+from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.divergence import Divergence
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
 from moa.search.refine import refine
 from moa.search.tables import window_count
@@ -14,7 +15,7 @@ from moa.search.text import default_text
 
 IDENTITY = ModelIdentity("llama", 4, 2, 4, 16, "")
 LENGTH = 2048
-ITEMS = CalibrationSet({(LENGTH, "retrieval"): (CalibrationItem(np.zeros(LENGTH, np.int64), 1),)})
+ITEMS = CalibrationSet({(LENGTH, "retrieval"): (CalibrationItem(np.zeros(LENGTH, np.int64), np.arange(1, 2)),)})
 
 
 class Loaded:

@@ -20,8 +20,8 @@ from moa.benchmark.shapes import random_model
 from moa.errors import InputError
 from moa.models import LoadedModel
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import CalibrationItem, CalibrationSet
 from moa.search.influence import Estimator
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.profile import ProfileConfig, answer_loss, differentiable, profile
 
 _ANSWER = 64  # tokens that carry loss
@@ -119,7 +119,7 @@ def _rows(loaded: LoadedModel, length: int, items: int) -> list[Row]:
     generator = np.random.default_rng(0)
     vocabulary = loaded.model.config.vocab_size
     members = tuple(
-        CalibrationItem(generator.integers(0, vocabulary, length), length - _ANSWER)
+        CalibrationItem(generator.integers(0, vocabulary, length), np.arange(length - _ANSWER, length))
         for _ in range(max(items, _REPEATS))
     )
     times: dict[str, tuple[int, float, float]] = {}  # items, seconds, peak

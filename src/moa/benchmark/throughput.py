@@ -3,6 +3,9 @@
 A row is the steady state at the end of a sequence: the prompt fills the cache up to a few dozen tokens before N, and
 the steps to N are timed. A step cannot be faster than reading the weights and the stored keys and values once at the
 bandwidth of a large copy, measured in the same run; the fraction of that is in the table.
+
+On a GPU every method has the memory for itself and may take its largest batch, which is found by trying. Dense models
+with a static cache decode compiled, by transformers' own means; plans replay CUDA graphs (`moa.decode_graph`).
 """
 
 import gc
@@ -11,6 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,7 +33,9 @@ from moa.runtime import apply
 
 DENSE_DYNAMIC, DENSE_STATIC = "dense-dynamic", "dense-static"
 ROUNDS = 6  # the first warms up; methods alternate, so that a machine that slows down does so for all
-_CHUNK = 2048  # tokens of a prompt that are read at once
+_TOKENS_AT_ONCE = 16384  # of all prompts together
+_LEAST_CHUNK = 128
+_SHRINK = 0.96  # a batch that did not fit is tried again so much smaller
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _COPIES = 10
 
@@ -91,7 +98,7 @@ def bench_throughput(
     plans: Mapping[str, Plan],
     against: Sequence[str],
     lengths: Sequence[int],
-    batch: int = 1,
+    batch: int | None = 1,
     steps: int = 16,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -105,7 +112,8 @@ def bench_throughput(
         ``dense-dynamic`` is transformers' default cache, ``dense-static`` its cache of fixed size.
     lengths : sequence of int
         N, prompt and new tokens.
-    batch : int
+    batch : int or None
+        None: as many sequences as fit, for each method; on a GPU only.
     steps : int
         Tokens of a timed round.
 
@@ -117,8 +125,11 @@ def bench_throughput(
     for name in against:
         if name not in (DENSE_DYNAMIC, DENSE_STATIC):
             raise InputError(f"unknown method {name!r}; expected {DENSE_DYNAMIC} or {DENSE_STATIC}")
-    if batch < 1 or steps < 1 or not lengths:
+    if (batch is not None and batch < 1) or steps < 1 or not lengths:
         raise InputError("a measurement needs at least one length, one sequence and one step")
+    cuda = loaded.model.device.type == "cuda"
+    if batch is None and not cuda:
+        raise InputError(f"the largest batch is looked for on a GPU only, not on {loaded.model.device}; give a number")
     for length in lengths:
         if not ROUNDS * steps < length <= loaded.context_length:
             raise InputError(
@@ -127,18 +138,17 @@ def bench_throughput(
             )
     methods: dict[str, Plan | None] = {**dict.fromkeys(against), **plans}
     # On a GPU each method has the memory for itself; elsewhere they take turns, since machines slow down.
-    groups = [[name] for name in methods] if loaded.model.device.type == "cuda" else [list(methods)]
+    groups = [[name] for name in methods] if cuda else [list(methods)]
     bandwidth = _copy_bytes_per_second(loaded.model.device)
     work = [(length, group) for length in sorted(set(lengths)) for group in groups]
     rows = []
     for length, group in progress.track(work, "Decoding"):
-        rows += [
-            decoder.row(statistics.median(seconds), bandwidth)
-            for decoder, seconds in decode_in_turn(
-                loaded, {name: methods[name] for name in group}, length, batch, steps
-            )
-        ]
-        gc.collect()
+        chosen = {name: methods[name] for name in group}
+        if batch is None:
+            rows += _at_largest_batch(loaded, chosen, length, steps, bandwidth)
+        else:
+            rows += _measured(loaded, chosen, length, batch, steps, bandwidth)
+        _free(loaded.model.device)
     return {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "copy_gb_s": bandwidth / 1e9,
@@ -146,12 +156,89 @@ def bench_throughput(
     }
 
 
+def _measured(
+    loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, batch: int, steps: int, bandwidth: float
+) -> list[Row]:
+    energy = _Energy(loaded.model.device)
+    found = decode_in_turn(loaded, methods, length, batch, steps, energy)
+    return [
+        decoder.row(
+            statistics.median(seconds),
+            bandwidth,
+            None if energy.joules is None else energy.joules / (len(seconds) * batch),
+        )
+        for decoder, seconds in found
+    ]
+
+
+def _at_largest_batch(
+    loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, steps: int, bandwidth: float
+) -> list[Row]:
+    """From the batch whose keys and values alone would fill the memory downwards, until one fits."""
+    device = loaded.model.device
+    plan = next(iter(methods.values())) or Plan.dense(loaded.identity)
+    _free(device)
+    batch = torch.cuda.mem_get_info(device)[0] // plan.kv_bytes(length, loaded.model.dtype)
+    while batch >= 1:
+        try:
+            return _measured(loaded, methods, length, batch, steps, bandwidth)
+        except torch.OutOfMemoryError:
+            pass  # what it held is freed only outside of this clause
+        _free(device)
+        batch = min(batch - 1, int(batch * _SHRINK))
+    raise InputError(f"{', '.join(methods)}: not even one sequence of {length:,} tokens fits on {device}")
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Energy:
+    """Joules that a GPU takes between `start` and `stop`, by NVML; ``joules`` stays None where that is missing."""
+
+    def __init__(self, device: torch.device):
+        self.joules: float | None = None
+        self._nvml: Any = None
+        if device.type == "cuda" and find_spec("pynvml") is not None:
+            self._nvml = import_module("pynvml")
+            self._nvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(device).uuid
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+    def start(self) -> None:
+        if self._nvml is not None:
+            self._before = self._read()
+
+    def stop(self) -> None:
+        if self._nvml is not None:
+            self.joules = self._read() - self._before
+
+    def _read(self) -> float:
+        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3  # of millijoules
+
+
 def decode_in_turn(
-    loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, batch: int, steps: int
+    loaded: LoadedModel,
+    methods: Mapping[str, Plan | None],
+    length: int,
+    batch: int,
+    steps: int,
+    energy: _Energy | None = None,
 ) -> "list[tuple[Decoder, list[float]]]":
-    """Seconds of the last steps to ``length`` tokens, for each method; they take turns. None stands for a dense one."""
+    """Seconds of the last steps to ``length`` tokens, for each method; they take turns. None stands for a dense one.
+
+    ``energy`` counts all rounds but the first.
+    """
     decoders = [Decoder(loaded, name, plan, length, batch, length - ROUNDS * steps) for name, plan in methods.items()]
-    rounds = [[decoder.decode(steps) for decoder in decoders] for _ in range(ROUNDS)]
+    rounds = []
+    for index in range(ROUNDS):
+        if energy is not None and index == 1:
+            energy.start()
+        rounds.append([decoder.decode(steps) for decoder in decoders])
+    if energy is not None:
+        energy.stop()
     return [
         (decoder, [second for times in later for second in times])
         for decoder, (_, *later) in zip(decoders, zip(*rounds, strict=True), strict=True)
@@ -162,19 +249,27 @@ def to_markdown(result: dict[str, Any]) -> str:
     """The result as a table."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = ", ".join(f"{key} {value}" for key, value in result["device"].items() if key not in result["versions"])
+    counted = any(row["joules_per_token"] is not None for row in result["rows"])
     lines = [
         f"`{result['command']}` on {machine}; {versions}; copy {result['copy_gb_s']:.1f} GB/s.",
         "",
-        "| model | N | batch | method | density | tokens/s | ms a step | of roofline | KV GB | peak GB | prompt s |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | N | batch | method | density | tokens/s | ms a step | of roofline | KV GB | peak GB | prompt s |"
+        + " J a token |" * counted,
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * counted,
     ]
     lines += [
         f"| {row['shape']} | {row['length']} | {row['batch']} | {row['method']} | {row['density']:.3f} | "
         f"{row['tokens_per_s']:.1f} | {row['step_ms']:.2f} | {row['roofline_fraction']:.2f} | {row['kv_gb']:.3f} | "
-        f"{'' if row['peak_gb'] is None else format(row['peak_gb'], '.1f')} | {row['prefill_s']:.1f} |"
+        f"{_or_nothing(row['peak_gb'])} | {row['prefill_s']:.1f} |"
+        + f" {_or_nothing(row['joules_per_token'])} |"
+        * counted
         for row in result["rows"]
     ]
     return "\n".join(lines) + "\n"
+
+
+def _or_nothing(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 class Decoder:
@@ -191,11 +286,16 @@ class Decoder:
             self.cache = DynamicCache(config=model.config)
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
+        self._forward: Any = model
+        if name == DENSE_STATIC and model.device.type == "cuda":
+            self._forward = model.get_compiled_call(None)
         ids = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, (batch, prompt))
+        self._seen = 0
         started = self._now()
+        chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // batch)
         with self._in_force():
-            for first in range(0, prompt, _CHUNK):
-                self.tokens = self._read(torch.as_tensor(ids[:, first : first + _CHUNK], device=model.device))
+            for first in range(0, prompt, chunk):
+                self.tokens = self._read(torch.as_tensor(ids[:, first : first + chunk], device=model.device))
         self.prefill_s = self._now() - started
 
     def decode(self, steps: int) -> list[float]:
@@ -207,8 +307,8 @@ class Decoder:
                 times.append(self._now())
         return np.diff(times).tolist()
 
-    def row(self, step: float, bandwidth: float) -> Row:
-        """The result, for the seconds of a step."""
+    def row(self, step: float, bandwidth: float, joules_per_token: float | None) -> Row:
+        """The result, for the seconds of a step and the energy of a token."""
         model: Any = self.loaded.model
         kv = kv_bytes(self.cache)
         cuda = model.device.type == "cuda"
@@ -224,18 +324,28 @@ class Decoder:
             peak_gb=torch.cuda.max_memory_allocated(model.device) / 1e9 if cuda else None,
             kv_gb=kv / 1e9,
             prefill_s=self.prefill_s,
-            joules_per_token=None,
+            joules_per_token=joules_per_token,
         )
 
     @torch.no_grad()
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+        self._seen += ids.shape[1]
         return logits_at(self.loaded.model, ids, last, past_key_values=self.cache, use_cache=True).argmax(-1)
 
     @torch.no_grad()
     def _step(self, token: torch.Tensor) -> torch.Tensor:
         model: Any = self.loaded.model
-        return model(token, past_key_values=self.cache, use_cache=True).logits.argmax(-1)
+        if self.name == DENSE_STATIC:
+            # as generate does: masks of fixed shape are made outside of what is compiled
+            positions = torch.full_like(token, self._seen)
+            inputs = model.prepare_inputs_for_generation(
+                token, past_key_values=self.cache, position_ids=positions, use_cache=True
+            )
+        else:
+            inputs = {"input_ids": token, "past_key_values": self.cache, "use_cache": True}
+        self._seen += 1
+        return self._forward(**inputs).logits.argmax(-1)
 
     def _in_force(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.plan is None else apply(self.loaded.model, self.plan)

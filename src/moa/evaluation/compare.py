@@ -30,7 +30,8 @@ from moa.plan import Plan
 from moa.progress import SILENT, Progress
 from moa.runtime import apply
 from moa.search.calibrate import RETRIEVAL as RETRIEVAL_ANSWERS
-from moa.search.calibrate import SUMMARY, CalibrateConfig, CalibrationItem, calibrate
+from moa.search.calibrate import SUMMARY, CalibrateConfig, calibrate
+from moa.search.items import CalibrationItem
 
 PERPLEXITY = "perplexity"
 ANSWER_PERPLEXITY = "answer_perplexity"
@@ -387,7 +388,7 @@ class Measures:
                 if plan is not None:
                     with _in_force(self.loaded, plan):
                         said = answer_log_probs(self.loaded.model, item)
-                answer = torch.as_tensor(item.input_ids[item.answer_start :], device=said.device)
+                answer = torch.as_tensor(item.input_ids[item.answer], device=said.device)
                 found[ANSWER_PERPLEXITY].append(float(-said.gather(1, answer[:, None]).mean()))
                 found[ANSWER_KL].append(divergence(dense, said))
             self._last = plan, found

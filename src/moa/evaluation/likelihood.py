@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa.errors import InputError
-from moa.search.calibrate import CalibrationItem
+from moa.search.items import CalibrationItem
 from moa.search.text import TokenStream
 
 # Logits are kept for this many positions of a chunk, spread evenly: all of a long chunk might not fit in memory.
@@ -58,7 +58,7 @@ def text_losses(model: PreTrainedModel, chunks: np.ndarray) -> np.ndarray:
 def answer_log_probs(model: PreTrainedModel, item: CalibrationItem) -> torch.Tensor:
     """Log-probabilities of every token at every position of an item's answer: float32 [tokens, vocabulary]."""
     ids = torch.as_tensor(item.input_ids, device=model.device)[None]
-    positions = torch.arange(item.answer_start - 1, ids.shape[1] - 1, device=model.device)
+    positions = torch.as_tensor(item.answer - 1, device=model.device)
     return logits_at(model, ids, positions, use_cache=False)[0].float().log_softmax(-1)
 
 

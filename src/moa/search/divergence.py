@@ -9,7 +9,8 @@ from moa.evaluation.likelihood import divergence, logits_at
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.runtime import apply
-from moa.search.calibrate import CalibrationItem, CalibrationSet, rows_together
+from moa.search.answers import rows_together
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.tables import SHORTEST
 
 
@@ -51,7 +52,7 @@ class Divergence:
 
     @torch.no_grad()
     def _log_probs(self, items: tuple[CalibrationItem, ...]) -> list[torch.Tensor]:
-        """Log-probabilities at every position of each answer: float32 [tokens, vocabulary]."""
+        """Log-probabilities at every position of each answer: float32 [answer tokens, vocabulary]."""
         device = self._loaded.model.device
         length = len(items[0].input_ids)
         rows = rows_together(device, length)
@@ -63,5 +64,5 @@ class Divergence:
             positions = torch.arange(start - 1, length - 1, device=device)
             logits = logits_at(self._loaded.model, ids, positions, use_cache=False)
             answers = zip(logits, together, strict=True)
-            result += [row[item.answer_start - start :].float().log_softmax(-1) for row, item in answers]
+            result += [row[item.answer - start].float().log_softmax(-1) for row, item in answers]
         return result

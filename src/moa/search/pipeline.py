@@ -25,9 +25,10 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import CalibrateConfig, CalibrationSet, calibrate
+from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
 from moa.search.influence import Estimator
+from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import refine

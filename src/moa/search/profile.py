@@ -27,8 +27,8 @@ from moa.files import read_tensors, write_tensors
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import CalibrationItem, CalibrationSet
 from moa.search.influence import Estimator, InfluenceCollector, influence_attention
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.support import check_plannable, text_part
 
 NAME = "moa_influence"
@@ -206,18 +206,19 @@ def answer_loss(logits: torch.Tensor, answer: torch.Tensor, estimator: Estimator
 def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) -> np.ndarray:
     """Loss table of one item, float64 [layers, query_heads, W]."""
     model, identity = loaded.model, loaded.identity
-    length, answer_length = len(item.input_ids), len(item.input_ids) - item.answer_start
-    if not 1 <= answer_length < length:
+    length = len(item.input_ids)
+    if not (len(item.answer) and 1 <= item.answer.min() <= item.answer.max() < length):
         raise InputError(
-            f"a calibration item of {length} tokens has its answer at {item.answer_start}; expected a prompt and an "
+            f"a calibration item of {length} tokens has its answer at {item.answer.tolist()}; expected a prompt and an "
             "answer of at least one token each"
         )
     ids = torch.as_tensor(item.input_ids, dtype=torch.int64, device=model.device)
     empty = InfluenceCollector(config.estimator, config.strip, config.backend)
     with _collecting(identity, empty) as collector, torch.enable_grad():
-        # one position more than the answer has tokens: the last one predicts what follows
-        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=answer_length + 1).logits
-        answer_loss(logits[0, -answer_length - 1 : -1], ids[-answer_length:], config.estimator).backward()
+        places = torch.as_tensor(item.answer, device=model.device)
+        # a token is predicted one place before it
+        logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=places - 1).logits
+        answer_loss(logits[0], ids[places], config.estimator).backward()
     silent = sorted(set(range(identity.layers)) - collector.tables.keys())
     if silent:
         raise UnsupportedModelError(
@@ -235,7 +236,7 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
 def _file_name(loaded: LoadedModel, key: tuple[int, str], item: CalibrationItem, estimator: Estimator) -> str:
     """Name of an item's file: the same only for the same measurement."""
     digest = hashlib.sha256(np.asarray(item.input_ids, np.int64).tobytes())
-    digest.update(repr((item.answer_start, str(estimator), loaded.name, loaded.identity)).encode())
+    digest.update(repr((item.answer.tolist(), str(estimator), loaded.name, loaded.identity)).encode())
     return f"{key[0]}-{key[1]}-{digest.hexdigest()[:16]}.safetensors"
 
 

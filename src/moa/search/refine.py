@@ -21,10 +21,11 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import RETRIEVAL, CalibrationSet
+from moa.search.calibrate import RETRIEVAL
 from moa.search.descend import LEAST_ROUNDS, descend
 from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
+from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, Rules
 
 _DESCENT = 3 / 4  # of the plans to measure, at most

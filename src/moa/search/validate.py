@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import CalibrationSet
 from moa.search.divergence import Divergence
+from moa.search.items import CalibrationSet
 
 
 @dataclass(frozen=True)

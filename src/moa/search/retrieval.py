@@ -1,0 +1,192 @@
+"""Retrieval items: conversations about facts hidden in real text, with the answers of the dense model itself.
+
+One text serves several questions: reading it is what costs, so measuring four answers costs little more than one. And
+the facts that are not asked for are what a model may take for the one that is. A head that helps to find *a* fact is
+not yet one that helps to find *the* fact; texts with one fact, and texts with eight of a kind, tell the two apart.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from moa.errors import InputError
+from moa.models import LoadedModel, chat_frame, chat_turn
+from moa.progress import Progress
+from moa.search.answers import greedy_answers
+from moa.search.facts import FACTS, Fact
+from moa.search.items import CalibrationItem
+from moa.search.text import TokenStream, token_ids
+
+_INTRO = "Read this text with care. You will be asked for a detail in it.\n\n"
+# An answer ends with the model's turn, or here.
+_ANSWER = 24
+# Texts read for each item needed; then what is missing is filled up with right answers that the model did not give.
+_TRIES = 4
+# Facts in a text, each number as often as the others; in shorter texts fewer, so that most of a text is text.
+_FACTS = (1, 2, 4, 8)
+_TOKENS_A_FACT = 256
+_QUESTIONS = 4  # about one text, at most
+_LEAST_TEXT = 32  # fewer tokens make no long-range dependency
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A question, int64 ids, and what answers it."""
+
+    question: np.ndarray
+    value: str
+    expected: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """An item before its answers are known.
+
+    ``text`` has the facts in it and is longer than any item needs: as much is taken as fits, so that the facts stay
+    where they are whatever the length of the answers. ``gap`` stands between the text and a question, ``ask`` between a
+    question and its answer, ``between`` between an answer and the next question.
+    """
+
+    before: np.ndarray
+    text: np.ndarray
+    turns: tuple[_Turn, ...]
+    gap: np.ndarray
+    ask: np.ndarray
+    between: np.ndarray
+
+    def prompt(self, turn: _Turn, tokens: int) -> np.ndarray:
+        """One question alone, in exactly so many tokens: int64 [tokens]."""
+        after = np.concatenate([self.gap, turn.question, self.ask])
+        return np.concatenate([self.before, self.text[: tokens - len(self.before) - len(after)], after])
+
+    def answered(self, length: int, answers: Mapping[int, np.ndarray]) -> CalibrationItem:
+        """The item of ``length`` tokens with these answers, by number of turn; turns without one are left out."""
+        pieces: list[tuple[np.ndarray, bool]] = []  # tokens, and whether they carry loss
+        lead = self.gap
+        for number, answer in sorted(answers.items()):
+            pieces += [(np.concatenate([lead, self.turns[number].question, self.ask]), False), (answer, True)]
+            lead = self.between[1:] if answer[-1] == self.between[0] else self.between
+        room = length - len(self.before) - sum(len(tokens) for tokens, _ in pieces)
+        pieces = [(self.before, False), (self.text[:room], False), *pieces]
+        scored = np.concatenate([np.full(len(tokens), answer) for tokens, answer in pieces])
+        return CalibrationItem(np.concatenate([tokens for tokens, _ in pieces]), np.flatnonzero(scored))
+
+
+def retrieval_items(
+    loaded: LoadedModel, stream: TokenStream, length: int, count: int, rng: np.random.Generator, progress: Progress
+) -> list[CalibrationItem]:
+    """Conversations of ``length`` tokens in which the model answers right.
+
+    The first few are as mixed as all of them: kinds take turns, and depths are spread evenly whatever the number.
+    """
+    done: dict[int, CalibrationItem] = {}
+    failed: dict[int, _Conversation] = {}
+    tries = _TRIES * count
+    kinds = _in_turn(rng, list(range(len(FACTS))), tries)
+    facts = _in_turn(rng, list(_FACTS), tries)
+    shift = rng.random()
+    asked = 0
+    while len(done) < count and asked < tries:
+        numbers = range(asked, min(tries, asked + count - len(done)))
+        asked = numbers.stop
+        read = {
+            number: _conversation(
+                loaded.tokenizer,
+                stream,
+                length,
+                FACTS[kinds[number]],
+                min(facts[number], max(1, length // _TOKENS_A_FACT)),
+                (evenly(number) + shift) % 1,
+                rng,
+            )
+            for number in numbers
+        }
+        prompts = [talk.prompt(turn, length - _ANSWER) for talk in read.values() for turn in talk.turns]
+        said = iter(greedy_answers(loaded, np.stack(prompts), _ANSWER))
+        for number, talk in read.items():
+            answers = {index: next(said) for index in range(len(talk.turns))}
+            right = {
+                index: answer
+                for index, answer in answers.items()
+                if talk.turns[index].value in str(loaded.tokenizer.decode(answer)).replace(",", "")
+            }
+            if right:
+                done[number] = talk.answered(length, right)
+            else:
+                failed[number] = talk
+    missing = count - len(done)
+    if missing:
+        progress.say(
+            f"{loaded.name} found facts in {len(done)} of {asked} texts of {length:,} tokens; "
+            f"{missing} of {count} retrieval items have answers that it did not write itself"
+        )
+    for number in sorted(failed)[:missing]:
+        talk = failed[number]
+        done[number] = talk.answered(length, {index: turn.expected for index, turn in enumerate(talk.turns)})
+    return [done[number] for number in sorted(done)]
+
+
+def evenly(index: int) -> float:
+    """The van der Corput sequence, 0 to 1: any first few of its numbers are spread evenly."""
+    return sum((index >> bit & 1) / 2 ** (bit + 1) for bit in range(index.bit_length()))
+
+
+def _in_turn(rng: np.random.Generator, choices: list[int], count: int) -> np.ndarray:
+    """``count`` of the choices, all of them in every ``len(choices)``, in chance order."""
+    return np.concatenate([rng.permutation(choices) for _ in range(0, count, len(choices))])[:count]
+
+
+def _conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    stream: TokenStream,
+    length: int,
+    kind: Fact,
+    count: int,
+    depth: float,
+    rng: np.random.Generator,
+) -> _Conversation:
+    """Facts of a kind in real text, the first at ``depth`` (0 to 1), and questions about it and some others."""
+    keys = rng.permutation(kind.keys)[:count].tolist()
+    if isinstance(kind.values, int):
+        values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
+    else:
+        values = rng.permutation(kind.values)[: len(keys)].tolist()
+    facts = [
+        token_ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n")
+        for key, value in zip(keys, values, strict=True)
+    ]
+    ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    turns: list[_Turn] = []
+    for key, value in list(zip(keys, values, strict=True))[:_QUESTIONS]:
+        question = kind.question.format(key=key)
+        expected = [*token_ids(tokenizer, kind.answer.format(key=key, value=value)), *ending][:_ANSWER]
+        turns.append(_Turn(token_ids(tokenizer, question), value, np.array(expected, np.int64)))
+    start, ask = (np.asarray(part, np.int64) for part in chat_frame(tokenizer))
+    before = np.concatenate([start, token_ids(tokenizer, _INTRO)])
+    gap, between = token_ids(tokenizer, "\n\n"), np.asarray(chat_turn(tokenizer), np.int64)
+    talk = len(gap) + sum(len(turn.question) + len(ask) + _ANSWER + len(between) for turn in turns)
+    room = text_room("retrieval", length, len(before) + sum(map(len, facts)) + talk)
+    depths = np.concatenate([[depth], rng.random(len(keys) - 1)])
+    filler = stream.draw(room + talk, rng)
+    pieces, done = [], 0
+    for which in np.argsort(depths):
+        place = int(depths[which] * room)
+        pieces += [filler[done:place], facts[which]]
+        done = place
+    return _Conversation(before, np.concatenate([*pieces, filler[done:]]), tuple(turns), gap, ask, between)
+
+
+def text_room(source: str, length: int, taken: int) -> int:
+    """Tokens left for text in an item.
+
+    Raises
+    ------
+    InputError
+        If they are too few.
+    """
+    least = -(-(taken + _LEAST_TEXT) // 64) * 64
+    if length < least:
+        raise InputError(f"{length} tokens are too few for a {source} item; the shortest length is {least}")
+    return length - taken
