@@ -154,16 +154,16 @@ def test_eval_compares_and_writes_its_numbers(demo_plan, tmp_path, capsys):
     shown = capsys.readouterr().out
     result = json.loads(target.read_text())
     rows = {(row["method"], row["task"]): row for row in result["rows"]}
-    methods = ("dense", "uniform 64 %", "MoA half")
+    methods = ("dense", "uniform 53.3 %", "MoA half")
     assert [rows[method, "kv_mb"]["score"] * 1e6 for method in methods] == pytest.approx(
-        [tokens * 30 * 3 * 64 * 4 * 2 for tokens in (300, 192, 192)]
+        [tokens * 30 * 3 * 64 * 4 * 2 for tokens in (300, 160, 160)]
     )
     assert rows["dense", "passkey"]["score"] == 1
     assert all(rows[method, "tokens_per_s"]["score"] > 0 for method in methods)
     assert "llama" in result["model"]
     for text in (shown, target.with_suffix(".md").read_text()):
-        assert "uniform 64 %" in text
-        assert "8.85" in text  # MB
+        assert "uniform 53.3 %" in text
+        assert "7.37" in text  # MB
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from moa.cache import SpanCache
 from moa.storage import DeviceCounts, SpanStore
 
 _LOG = logging.getLogger("moa")
-_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values"})
-_HARMLESS = frozenset({"use_cache", "return_dict", "logits_to_keep"})  # a step of one token heeds none of them
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+_KNOWN = _INPUTS | {"use_cache", "return_dict", "logits_to_keep"}  # the latter change nothing in a step of one token
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DecodeGraphs:
             return None
         if torch.is_grad_enabled() or self._model.training or given.get("return_dict") is False:
             return None
-        if any(value for name, value in given.items() if name not in _INPUTS | _HARMLESS):
+        if any(value is not None and value is not False for name, value in given.items() if name not in _KNOWN):
             return None
         positions = given.get("position_ids")
         # a row whose new token is padding stores nothing: that is another step
@@ -166,6 +166,9 @@ def _against(model: PreTrainedModel) -> str | None:
             # transformers' own collect what is asked for (hidden states), and then nothing is replayed
             if getattr(hook, "__module__", "").split(".")[0] != "transformers":
                 return f"the model has forward hooks ({hook!r}), which a replay would pass by"
+    config = model.config
+    if config.output_hidden_states or config.output_attentions or not config.return_dict:
+        return "its config asks for more than logits, or for tuples"
     if getattr(model, "_hf_peft_config_loaded", False):
         return "the model has adapters, which may be switched between steps"
     if len({parameter.device for parameter in model.parameters()}) > 1:

@@ -115,6 +115,7 @@ class SpanStore:
         """Whether a store made with these arguments would be like this one."""
         return (
             (self.rows, self.heads) == capacity.shape
+            and self.keys.is_inference() == torch.is_inference_mode_enabled()  # no other may be written to
             and self.sink == sink
             and np.array_equal(self.capacity, capacity.reshape(-1))
             and all(
