@@ -106,14 +106,29 @@ def test_where_nothing_can_be_lost_nothing_is_exchanged():
     assert found[-1].losses == {N: 0.0}
 
 
-def test_candidates_are_the_optimizers_plans_and_one_more():
+def test_candidates_are_the_optimizers_plans_those_of_shares_and_one_more():
     config = OptimizeConfig(0.4, points=1)
     items = {N: {"a": hidden_facts()}}
     found = candidates(items, {"a": 1.0}, config)
     losses = {N: items[N]["a"].mean(0)}
-    assert [plan.losses for plan in found[:-1]] == [plan.losses for plan in optimize(losses, config)]
+    assert [plan.losses for plan in found[:-3]] == [plan.losses for plan in optimize(losses, config)]
+    per_head, per_layer = found[-3:-1]
+    for plan in (per_head, per_layer):
+        assert (plan.alpha == 0).all()
+        assert len(np.unique(plan.beta)) > 1
+    assert (per_layer.beta == per_layer.beta[:, :1]).all()
+    assert sum(found[0].losses.values()) <= sum(per_head.losses.values()) * 1.02
+    assert sum(per_head.losses.values()) <= sum(per_layer.losses.values()) * 1.02
     assert found[-1].gap is None
     assert all(density <= 0.4 for density in found[-1].densities.values())
     rules = Rules.within((N,), config).told_by((N,))
     values = [coherent(items[N]["a"], config)(rules.numbers(plan.alpha, plan.beta)) for plan in found]
     assert values[-1] == min(values)
+
+
+def test_where_shares_do_not_fit_the_others_remain():
+    long = 16384
+    items = {long: {"a": np.linspace(1, 0, window_count(long)) * np.ones((1, 1, 2, 1))}}
+    found = candidates(items, {"a": 1.0}, OptimizeConfig(0.02, points=1))
+    assert len(found) == 2, "a 32nd of the text is the smallest share"
+    assert all(plan.densities[long] <= 0.02 for plan in found)
