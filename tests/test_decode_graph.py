@@ -133,6 +133,19 @@ def test_the_next_call_of_these_lengths_takes_over_storage_and_recording(model, 
     assert recorder["recorded"] == 3
 
 
+def test_a_cache_that_took_storage_over_keeps_it_before_it_replays(model, recorder):
+    plan, ids = random_plan(model), random_ids(2, 150).to(DEVICE)
+    with moa.apply(model, plan, backend="triton") as applied:
+        generate(model, ids)
+        short = {"max_new_tokens": 1, "return_dict_in_generate": True}
+        longer = random_ids(2, 149 + NEW).to(DEVICE)  # as long in the end
+        first, second = (generate(model, longer, **short).past_key_values for _ in range(2))
+        assert first.row_lengths().tolist() == [150 + NEW] * 2
+        assert not {id(store) for store in first.stores()} & {id(store) for store in second.stores()}
+        assert recorder["recorded"] == 1
+    assert applied._graphs._recording is None
+
+
 def test_a_loop_by_hand(model, recorder):
     """Logits of replayed steps are a call's own: they stay what they are."""
     plan, ids = random_plan(model), random_ids(2, 120 + NEW).to(DEVICE)
@@ -222,3 +235,19 @@ def test_the_model_gets_its_forward_back(model):
         assert model.forward is not marked
     assert model.forward is marked
     del model.forward
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_a_recording_that_breaks_leaves_the_gpu_as_it_was(model, recorder, monkeypatch):
+    """A step that asks the host something cannot be recorded; the stream and the random numbers go on."""
+    plan, ids = random_plan(model), random_ids(1, 60).to(DEVICE)
+    kind, stream = type(model.model.norm), torch.cuda.current_stream()
+    real = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda norm, hidden: real(norm, hidden) * (1 + 0 * hidden.sum().item()))
+    with moa.apply(model, plan, backend="triton"):
+        tokens = generate(model, ids)
+        assert torch.cuda.current_stream() == stream
+        generate(model, ids, do_sample=True)
+    assert tokens.tolist() == without_graphs(model, plan, ids).tolist()
+    assert recorder["replayed"] == 0

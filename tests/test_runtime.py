@@ -274,3 +274,13 @@ def test_long_prompts_are_read_in_chunks(model, plan, monkeypatch, padded):
         hook.remove()
     assert sizes[:4] == [80, 80, 80, 60]
     assert pieces.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_padded_rows_in_several_versions(model, plan, options):
+    ids, mask = random_ids(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[0, :70] = 0
+    with moa.apply(model, plan):
+        tokens = generate(model, ids, attention_mask=mask, **options)
+        alone = generate(model, ids[1:], **options)
+    assert tokens[-len(alone) :].tolist() == alone.tolist()

@@ -171,7 +171,7 @@ class SpanCache(Cache):
         super().__init__(layers=list(self.span_layers))
         self.plan = plan
         self._lengths = _checked(lengths)
-        self._spare = list(spare)
+        self._spare = dict(enumerate(spare))
         self._pending: int | None = None
 
     def update(
@@ -209,7 +209,7 @@ class SpanCache(Cache):
         if not layer.is_initialized:
             lengths = self._row_lengths(len(query))
             spans = self._spans(lengths, layer_idx)
-            spare = self._spare[layer_idx] if self._spare else None
+            spare = self._spare.pop(layer_idx, None)
             layer.allocate(spans, lengths, self.plan.sink, key, value, options.sliding_window, backend, spare)
         elif len(query) != len(layer.seen):
             raise CacheError(f"the SpanCache holds {len(layer.seen)} rows, but the model was called with {len(query)}")

@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moa.cache import SpanCache
-from moa.storage import DeviceCounts, SpanStore
+from moa.plan import Plan
+from moa.storage import DeviceCounts
+from moa.support import text_part
 
 _LOG = logging.getLogger("moa")
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
@@ -57,26 +59,44 @@ class DecodeGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = self._step(args, kwargs) if self._able else None
+        recording = self._recording
         if step is None:
+            if recording is not None and recording.cache() is None:
+                self.forget()  # nobody takes its storage over any more
             return self._forward(*args, **kwargs)
-        if self._recording is None or not self._recording.serves(step):
-            self._recording = None  # its memory goes first
-            if not self._record(step):
+        if recording is None or not recording.serves(step):
+            del recording
+            self.forget()  # its memory goes first
+            recording = self._recording = self._record(step)
+            if recording is None:
                 return self._forward(*args, **kwargs)
-        assert self._recording is not None
-        return self._recording.replay(step)
+        return recording.replay(step)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeGraphs":
         """For a copy of the model; recordings stay behind."""
         return DecodeGraphs(copy.deepcopy(self._model, memo), copy.deepcopy(self._forward, memo))
 
-    def spare(self, lengths: np.ndarray) -> list[SpanStore]:
-        """Storage of a cache for sequences of the same ``lengths`` [rows] that is used no more; else none at all."""
+    def new_cache(self, plan: Plan, lengths: Any, rows: int) -> SpanCache:
+        """A cache for ``rows`` sequences of ``lengths`` tokens (a number, or int64 [rows]).
+
+        It takes over storage and recording of the last cache, if that was for the same lengths and nobody holds it.
+        """
         recording = self._recording
-        if recording is not None and recording.cache() is None and np.array_equal(recording.lengths, lengths):
-            return recording.stores
+        if (
+            recording is None
+            or recording.cache() is not None
+            or not np.array_equal(recording.lengths, np.broadcast_to(lengths, rows))
+            or recording.outdated(self._model)
+        ):
+            self.forget()
+            return SpanCache(plan, lengths)
+        cache = SpanCache(plan, lengths, recording.stores)
+        recording.cache = weakref.ref(cache)
+        return cache
+
+    def forget(self) -> None:
+        """Give the recording's memory back."""
         self._recording = None
-        return []
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
         """The step, if this is one that can be recorded."""
@@ -96,13 +116,16 @@ class DecodeGraphs:
             positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
         return _Step(cache, ids, positions)
 
-    def _record(self, step: _Step) -> bool:
-        """Record the step, which has not run then; False if the model does not let itself be recorded."""
+    def _record(self, step: _Step) -> "_Recording | None":
+        """Record the step, which has not run then; None if the model does not let itself be recorded."""
         reason = _against(self._model)
         counts = step.cache.counts()
+        recording = None
         if reason is None:
             try:
-                self._recording = _Recording(self._model, self._forward, step)
+                recording = _Recording(self._model, self._forward, step)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 reason = f"{type(error).__name__}: {error}"
             finally:
@@ -110,7 +133,7 @@ class DecodeGraphs:
         if reason is not None:
             self._able = False
             _LOG.warning("decode steps are not recorded as CUDA graphs and will be slower: %s", reason)
-        return reason is None
+        return recording
 
 
 class _Recording:
@@ -121,8 +144,8 @@ class _Recording:
         self.stores = step.cache.stores()
         self.lengths = step.cache.row_lengths()
         self._counts: list[DeviceCounts] = [store.on_device for store in self.stores]
+        self._addresses = _addresses(model)
         self._weight = next(model.parameters())
-        self._address = self._weight.data_ptr()
         self._ids, self._positions = step.ids.clone(), step.positions.clone()
         inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": step.cache}
         self._logits, self._run = _capture(forward, inputs)
@@ -136,8 +159,12 @@ class _Recording:
             and all(store.on_device is counts for store, counts in zip(stores, self._counts, strict=True))
             and step.ids.shape == self._ids.shape
             and step.positions.shape == self._positions.shape
-            and self._weight.data_ptr() == self._address
+            and self._weight.data_ptr() == self._addresses[0]
         )
+
+    def outdated(self, model: PreTrainedModel) -> bool:
+        """Whether the model has changed since."""
+        return _against(model) is not None or _addresses(model) != self._addresses
 
     def replay(self, step: _Step) -> CausalLMOutputWithPast:
         step.cache.count_step()
@@ -150,22 +177,31 @@ class _Recording:
 
 def _capture(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[], None]]:
     """Where the logits of a call of ``forward`` will be, and what makes that call; it has not been made yet."""
-    graph = torch.cuda.CUDAGraph()
+    graph, device = torch.cuda.CUDAGraph(), inputs["input_ids"].device
     with (
-        torch.cuda.device(inputs["input_ids"].device),
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),  # a recording that breaks does not put it back
         torch.cuda.graph(graph, capture_error_mode="thread_local"),
     ):
         logits: torch.Tensor = forward(**inputs, use_cache=True).logits
     return logits, graph.replay
 
 
+def _addresses(model: PreTrainedModel) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
 def _against(model: PreTrainedModel) -> str | None:
     """Why a replay would not do what a call of the model does, or None."""
     for module in model.modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            return "the model has adapters, which may be switched between steps"
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             # transformers' own collect what is asked for (hidden states), and then nothing is replayed
             if getattr(hook, "__module__", "").split(".")[0] != "transformers":
                 return f"the model has forward hooks ({hook!r}), which a replay would pass by"
+    if text_part(model)[0] is not None:
+        return "models of text and images have positions of their own"
     config = model.config
     if config.output_hidden_states or config.output_attentions or not config.return_dict:
         return "its config asks for more than logits, or for tuples"

@@ -59,6 +59,7 @@ class AppliedPlan:
         """Give the model its own attention back; calling it twice does no harm."""
         if self._previous is None:
             return
+        self._graphs.forget()
         self.model.set_attn_implementation(self._previous)
         self._previous = None
         for module in self.model.modules():
@@ -106,17 +107,19 @@ class AppliedPlan:
         columns = max_cache_length + 1
         mask = model_kwargs.get("attention_mask")  # None where nothing is padded
         padding = 0 if mask is None else (mask == 0).sum(dim=1).cpu().numpy()
-        lengths = columns - padding
-        if generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
-            chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // batch_size)
+        lengths: Any = np.asarray(columns - padding)
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        only_text = text_part(self.model)[0] is None and model_kwargs.get("inputs_embeds") is None
+        if generation_config.prefill_chunk_size is None and only_text:
+            chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // rows)
             # the last column is the last new token's, so the prompt is no longer than this
             if max_cache_length > chunk:
                 generation_config.prefill_chunk_size = chunk
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            spare = self._graphs.spare(np.broadcast_to(lengths, batch_size))
-            model_kwargs["past_key_values"] = SpanCache(self.plan, lengths, spare)
+            model_kwargs["past_key_values"] = self._graphs.new_cache(self.plan, lengths, rows)
         elif isinstance(cache, SpanCache):
+            self._graphs.forget()  # growing moves what it was recorded on
             cache.grow(lengths)
         else:
             raise CacheError(f"under a plan past_key_values must be a SpanCache, not {type(cache).__name__}")

@@ -11,8 +11,8 @@ with a static cache decode compiled, by transformers' own means; plans replay CU
 import gc
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -148,7 +148,7 @@ def bench_throughput(
             rows += _at_largest_batch(loaded, chosen, length, steps, bandwidth)
         else:
             rows += _measured(loaded, chosen, length, batch, steps, bandwidth)
-        _free(loaded.model.device)
+        _free(loaded.model)
     return {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "copy_gb_s": bandwidth / 1e9,
@@ -177,21 +177,25 @@ def _at_largest_batch(
     """From the batch whose keys and values alone would fill the memory downwards, until one fits."""
     device = loaded.model.device
     plan = next(iter(methods.values())) or Plan.dense(loaded.identity)
-    _free(device)
+    _free(loaded.model)
     batch = torch.cuda.mem_get_info(device)[0] // plan.kv_bytes(length, loaded.model.dtype)
     while batch >= 1:
         try:
             return _measured(loaded, methods, length, batch, steps, bandwidth)
         except torch.OutOfMemoryError:
             pass  # what it held is freed only outside of this clause
-        _free(device)
+        _free(loaded.model)
         batch = min(batch - 1, int(batch * _SHRINK))
     raise InputError(f"{', '.join(methods)}: not even one sequence of {length:,} tokens fits on {device}")
 
 
-def _free(device: torch.device) -> None:
+def _free(model: Any) -> None:
+    """Give back what the last method held, compiled steps included."""
+    if model.device.type == "cuda":
+        model.__dict__.pop("_compiled_call", None)
+        torch._dynamo.reset()
     gc.collect()
-    if device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -202,10 +206,15 @@ class _Energy:
         self.joules: float | None = None
         self._nvml: Any = None
         if device.type == "cuda" and find_spec("pynvml") is not None:
-            self._nvml = import_module("pynvml")
-            self._nvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            nvml: Any = import_module("pynvml")
+            try:
+                nvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(device).uuid
+                self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            except nvml.NVMLError:
+                return  # a part of a GPU, say, does not count
+            self._nvml = nvml
 
     def start(self) -> None:
         if self._nvml is not None:
@@ -233,12 +242,13 @@ def decode_in_turn(
     """
     decoders = [Decoder(loaded, name, plan, length, batch, length - ROUNDS * steps) for name, plan in methods.items()]
     rounds = []
-    for index in range(ROUNDS):
-        if energy is not None and index == 1:
-            energy.start()
-        rounds.append([decoder.decode(steps) for decoder in decoders])
-    if energy is not None:
-        energy.stop()
+    with decoders[0].in_force() if len(decoders) == 1 else nullcontext():  # one alone keeps what it recorded
+        for index in range(ROUNDS):
+            if energy is not None and index == 1:
+                energy.start()
+            rounds.append([decoder.decode(steps) for decoder in decoders])
+        if energy is not None:
+            energy.stop()
     return [
         (decoder, [second for times in later for second in times])
         for decoder, (_, *later) in zip(decoders, zip(*rounds, strict=True), strict=True)
@@ -286,6 +296,7 @@ class Decoder:
             self.cache = DynamicCache(config=model.config)
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
+        self._applied = False
         self._forward: Any = model
         if name == DENSE_STATIC and model.device.type == "cuda":
             self._forward = model.get_compiled_call(None)
@@ -293,14 +304,14 @@ class Decoder:
         self._seen = 0
         started = self._now()
         chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // batch)
-        with self._in_force():
+        with self.in_force():
             for first in range(0, prompt, chunk):
                 self.tokens = self._read(torch.as_tensor(ids[:, first : first + chunk], device=model.device))
         self.prefill_s = self._now() - started
 
     def decode(self, steps: int) -> list[float]:
         """Seconds of each of so many steps."""
-        with self._in_force():
+        with self.in_force():
             times = [self._now()]
             for _ in range(steps):
                 self.tokens = self._step(self.tokens)
@@ -347,8 +358,18 @@ class Decoder:
         self._seen += 1
         return self._forward(**inputs).logits.argmax(-1)
 
-    def _in_force(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.plan is None else apply(self.loaded.model, self.plan)
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """The method's plan on the model; nothing changes where it already is."""
+        if self.plan is None or self._applied:
+            yield
+            return
+        with apply(self.loaded.model, self.plan):
+            self._applied = True
+            try:
+                yield
+            finally:
+                self._applied = False
 
     def _now(self) -> float:
         if self.loaded.model.device.type == "cuda":

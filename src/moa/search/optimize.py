@@ -61,7 +61,8 @@ class RuleGrid:
         Constant spans, finer where they are short, from the shortest on; and alpha + beta * N, with beta in
         steps of 1/32 up to 1/4 and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to
         ``longest / 2``. The full rule (0, 1) is one of them. Rules ``2 N - L`` see all from L on and little at L / 2:
-        where a budget has room for few full heads at short lengths, and for more at long ones.
+        where a budget has room for few full heads at short lengths, and for more at long ones; measuring alone finds
+        them, since loss tables say nothing about spans as short as theirs at L / 2.
         """
         shortest = int(elastic_spans(0.0, 0.0, 1 << 62, sink, block))
         steps = {step * block << power for power in range(longest.bit_length()) for step in (2, 3)}
