@@ -85,7 +85,7 @@ class DecodeGraphs:
         if (
             recording is None
             or recording.cache() is not None
-            or not np.array_equal(recording.lengths, np.broadcast_to(lengths, rows))
+            or not np.array_equal(recording.lengths, lengths if np.ndim(lengths) else np.full(rows, lengths))
             or recording.outdated(self._model)
         ):
             self.forget()
