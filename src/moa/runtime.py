@@ -30,6 +30,11 @@ _TOKENS_AT_ONCE = 16384  # of all rows together; a longer prompt is read in chun
 _LEAST_CHUNK = 512
 
 
+def prompt_chunk(rows: int) -> int:
+    """How many tokens of each of ``rows`` long prompts are read at once."""
+    return max(_LEAST_CHUNK, _TOKENS_AT_ONCE // rows)
+
+
 @dataclass(frozen=True)
 class _InForce:
     plan: Plan
@@ -111,7 +116,7 @@ class AppliedPlan:
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         only_text = text_part(self.model)[0] is None and model_kwargs.get("inputs_embeds") is None
         if generation_config.prefill_chunk_size is None and only_text:
-            chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // rows)
+            chunk = prompt_chunk(rows)
             # the last column is the last new token's, so the prompt is no longer than this
             if max_cache_length > chunk:
                 generation_config.prefill_chunk_size = chunk

@@ -29,12 +29,10 @@ from moa.evaluation.likelihood import logits_at
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity, Plan
 from moa.progress import SILENT, Progress
-from moa.runtime import apply
+from moa.runtime import apply, prompt_chunk
 
 DENSE_DYNAMIC, DENSE_STATIC = "dense-dynamic", "dense-static"
 ROUNDS = 6  # the first warms up; methods alternate, so that a machine that slows down does so for all
-_TOKENS_AT_ONCE = 16384  # of all prompts together
-_LEAST_CHUNK = 128
 _SHRINK = 0.96  # a batch that did not fit is tried again so much smaller
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _COPIES = 10
@@ -271,8 +269,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"| {row['shape']} | {row['length']} | {row['batch']} | {row['method']} | {row['density']:.3f} | "
         f"{row['tokens_per_s']:.1f} | {row['step_ms']:.2f} | {row['roofline_fraction']:.2f} | {row['kv_gb']:.3f} | "
         f"{_or_nothing(row['peak_gb'])} | {row['prefill_s']:.1f} |"
-        + f" {_or_nothing(row['joules_per_token'])} |"
-        * counted
+        + (f" {_or_nothing(row['joules_per_token'])} |" if counted else "")
         for row in result["rows"]
     ]
     return "\n".join(lines) + "\n"
@@ -303,7 +300,7 @@ class Decoder:
         ids = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, (batch, prompt))
         self._seen = 0
         started = self._now()
-        chunk = max(_LEAST_CHUNK, _TOKENS_AT_ONCE // batch)
+        chunk = prompt_chunk(batch)
         with self.in_force():
             for first in range(0, prompt, chunk):
                 self.tokens = self._read(torch.as_tensor(ids[:, first : first + chunk], device=model.device))
