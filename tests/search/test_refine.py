@@ -31,6 +31,12 @@ def measured(monkeypatch):
         def __init__(self, loaded, items, weights):
             assert weights == {"retrieval": 1.0}
 
+        def around(self, plan):
+            pass
+
+        def forget(self):
+            pass
+
         def by_source(self, plan):
             plans.append(plan)
             reach = plan.spans(LENGTH) / LENGTH

@@ -44,6 +44,7 @@ def descend(
     budget: Budget,
     rounds: int,
     progress: Progress = SILENT,
+    around: Callable[[np.ndarray], None] = lambda plan: None,
 ) -> np.ndarray:
     """A plan that is within the budget's density, reached by measured steps.
 
@@ -56,6 +57,8 @@ def descend(
         Its limit at the shortest length counts; rules per layer do not.
     rounds : int
         As many rounds, or fewer; where the ladder ends before the budget, the foot of the ladder is the answer.
+    around : callable, optional
+        Called with the plan of which all plans of a round are neighbours.
 
     Returns
     -------
@@ -68,6 +71,7 @@ def descend(
     keep = min(1 - _LEAST_SHRINK, budget.config.density ** (1 / rounds))
     while spans[place].sum() > limit and place.min() < len(rungs) - 1:
         density = spans[place].sum() / spans[0] / place.size
+        around(rungs[place])
         standing = loss(rungs[place])
         candidates: Sequence[int] = np.flatnonzero(place < len(rungs) - 1).tolist()
         price: dict[int, tuple[float, int]] = {}

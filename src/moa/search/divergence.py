@@ -1,6 +1,8 @@
 """How far a plan takes a model from its dense self: measured, on the dense model's own answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +12,8 @@ from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.runtime import apply
 from moa.search.answers import rows_together
-from moa.search.items import CalibrationItem, CalibrationSet
+from moa.search.items import CalibrationSet
+from moa.search.layer_outputs import LayerOutputs
 from moa.search.tables import SHORTEST
 
 
@@ -31,17 +34,40 @@ class Divergence:
 
     def __init__(self, loaded: LoadedModel, items: CalibrationSet, weights: Mapping[str, float]):
         self._loaded, self._items, self._weights = loaded, items, weights
-        self._dense = {key: self._log_probs(members) for key, members in items.items.items()}
+        self._base: Plan | None = None
+        self._kept = False  # whether the base has run
+        tokens = sum(len(item.input_ids) for members in items.items.values() for item in members)
+        self._outputs = LayerOutputs(loaded.model, tokens)
+        self._dense = {key: self._log_probs(key, _run) for key in items.items}
         identity = loaded.identity
         shortest = np.full((identity.layers, identity.kv_heads), float(SHORTEST))
         self._unit = self.by_source(Plan.from_arrays(identity, shortest, 0 * shortest))
 
+    def around(self, plan: Plan) -> None:
+        """Say that the plans to come are like this one in most heads: what they have in common is computed once."""
+        if plan != self._base:
+            self.forget()
+            self._base = plan
+
+    def forget(self) -> None:
+        """Give the memory back that `around` took."""
+        self._base, self._kept = None, False
+        self._outputs.forget()
+
     def by_source(self, plan: Plan) -> dict[str, float]:
         """Divergence for each source, nats per answer token: mean over tokens, then items, then lengths."""
+        run: _Pass = _run
+        if self._base is not None:
+            if plan == self._base:
+                run, self._kept = self._outputs.keep, True
+            else:
+                if not self._kept:
+                    self.by_source(self._base)
+                run = partial(self._outputs.resume, shared=_shared_layers(plan, self._base))
         found: dict[str, list[float]] = {}
         with apply(self._loaded.model, plan):
-            for key, members in self._items.items.items():
-                pairs = zip(self._dense[key], self._log_probs(members), strict=True)
+            for key in self._items.items:
+                pairs = zip(self._dense[key], self._log_probs(key, run), strict=True)
                 losses = [divergence(dense, other) for dense, other in pairs]
                 found.setdefault(key[1], []).append(float(np.mean(losses)))
         return {source: float(np.mean(losses)) for source, losses in found.items()}
@@ -51,18 +77,37 @@ class Divergence:
         return sum(self._weights[source] * loss / max(self._unit[source], 1e-12) for source, loss in by_source.items())
 
     @torch.no_grad()
-    def _log_probs(self, items: tuple[CalibrationItem, ...]) -> list[torch.Tensor]:
+    def _log_probs(self, key: tuple[int, str], run: "_Pass") -> list[torch.Tensor]:
         """Log-probabilities at every position of each answer: float32 [answer tokens, vocabulary]."""
-        device = self._loaded.model.device
+        model, items = self._loaded.model, self._items.items[key]
         length = len(items[0].input_ids)
-        rows = rows_together(device, length)
+        rows = rows_together(model.device, length)
         result: list[torch.Tensor] = []
         for first in range(0, len(items), rows):
             together = items[first : first + rows]
-            ids = torch.as_tensor(np.stack([item.input_ids for item in together]), device=device)
+            ids = torch.as_tensor(np.stack([item.input_ids for item in together]), device=model.device)
             start = min(item.answer_start for item in together)
-            positions = torch.arange(start - 1, length - 1, device=device)
-            logits = logits_at(self._loaded.model, ids, positions, use_cache=False)
+            positions = torch.arange(start - 1, length - 1, device=model.device)
+            logits = run((key, first), run=partial(logits_at, model, ids, positions, use_cache=False))
             answers = zip(logits, together, strict=True)
             result += [row[item.answer - start].float().log_softmax(-1) for row, item in answers]
         return result
+
+
+class _Pass(Protocol):
+    """A forward pass under a name; see `LayerOutputs`."""
+
+    def __call__(self, name: Hashable, /, *, run: Callable[[], torch.Tensor]) -> torch.Tensor: ...
+
+
+def _run(name: Hashable, /, *, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return run()
+
+
+def _shared_layers(plan: Plan, other: Plan) -> int:
+    """How many layers of both have the same rules, from the first on."""
+    same = [
+        (plan.alpha[layer], plan.beta[layer]) == (other.alpha[layer], other.beta[layer])
+        for layer in range(plan.model.layers)
+    ]
+    return same.index(False) if False in same else len(same)

@@ -158,8 +158,14 @@ class _Refinement:
         spans = {length: spans for length, spans in self.rules.spans.items() if length >= self.lengths[0]}
         budget = replace(self.budget, rules=replace(self.rules, spans=spans))  # tokens count where it is measured
         plan = descend(
-            lambda plan: self.measure(plan, divergence, "shortest"), self.shape, budget, rounds, self.progress
+            lambda plan: self.measure(plan, divergence, "shortest"),
+            self.shape,
+            budget,
+            rounds,
+            self.progress,
+            around=lambda plan: divergence.around(self.plan(plan)),
         )
+        divergence.forget()
         plan = plan if self.budget.fits(plan) else self.sweep(plan)
         return plan if self.budget.fits(plan) else None
 
@@ -168,7 +174,7 @@ class _Refinement:
         return self.measure(plan, self.divergence, "all")
 
     def measure(self, plan: np.ndarray, divergence: Divergence, where: str) -> float:
-        rules = Plan.from_arrays(self.loaded.identity, self.rules.alpha[plan], self.rules.beta[plan])
+        rules = self.plan(plan)
         key = hashlib.sha256(repr((rules.alpha, rules.beta, where)).encode()).hexdigest()[:16]
         if key not in self.known:
             self.known[key] = divergence.total(divergence.by_source(rules))
@@ -177,10 +183,14 @@ class _Refinement:
         self.measured.add(key)
         return self.known[key]
 
+    def plan(self, plan: np.ndarray) -> Plan:
+        return Plan.from_arrays(self.loaded.identity, self.rules.alpha[plan], self.rules.beta[plan])
+
     def sweep(self, plan: np.ndarray) -> np.ndarray:
         """The best plan found within the budget; the plan itself, if none is better or none is within."""
         heads = sorted(self.random.permutation(self.heads)[: self.heads_a_sweep].tolist())
         trials = [(head, rule) for head in heads for rule in self.beside(plan.flat[head])]
+        self.divergence.around(self.plan(plan))
         before = self.loss(plan)
         change = np.full((plan.size, len(self.rules.alpha)), np.inf)
         change[np.arange(plan.size), plan.reshape(-1)] = 0.0
