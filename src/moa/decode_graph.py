@@ -13,7 +13,8 @@ import copy
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,12 +180,25 @@ def _capture(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[torch
     """Where the logits of a call of ``forward`` will be, and what makes that call; it has not been made yet."""
     graph, device = torch.cuda.CUDAGraph(), inputs["input_ids"].device
     with (
+        _random_numbers_of(device),
         torch.cuda.device(device),
         torch.cuda.stream(torch.cuda.current_stream(device)),  # a recording that breaks does not put it back
         torch.cuda.graph(graph, capture_error_mode="thread_local"),
     ):
         logits: torch.Tensor = forward(**inputs, use_cache=True).logits
     return logits, graph.replay
+
+
+@contextmanager
+def _random_numbers_of(device: torch.device) -> Iterator[None]:
+    """A recording that breaks leaves PyTorch's generator as if it still went on; then it gets the state from before."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    before = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(before)
+        raise
 
 
 def _addresses(model: PreTrainedModel) -> list[int]:
