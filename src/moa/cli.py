@@ -546,6 +546,23 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
+@app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Model,
+    plan: Annotated[Path, typer.Option("--plan", help="A plan file.")],
+    length: Annotated[
+        int | None, typer.Option(help="N at which spans are fixed (default: the longest sequence served).")
+    ] = None,
+) -> None:
+    """Serve a plan with vLLM (extra `vllm`); options that are not ours are vLLM's, such as --max-model-len."""
+    from moa.progress import Progress
+    from moa.serving.launch import server_command
+
+    command = server_command(model, str(plan), length, context.args, Progress())
+    os.execv(command[0], command)  # vLLM takes over the process, its signals and its exit code
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed next to what people would otherwise use.")
 app.add_typer(bench_app, name="bench")
 

@@ -88,7 +88,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", progress: P
     """
     target = pick_device(device)
     weights_dtype = pick_dtype(dtype, target)
-    location = _locate(name, progress)
+    location = locate(name, progress)
     with _loading(name, location):
         tokenizer = AutoTokenizer.from_pretrained(location)
         model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=weights_dtype)
@@ -130,7 +130,7 @@ def load_config(name: str) -> PretrainedConfig:
     if gguf is not None and not _converted_folder(gguf).is_dir():
         with _loading(name, str(gguf)):
             return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    location = _locate(name, SILENT)
+    location = locate(name, SILENT)
     with _loading(name, location):
         return AutoConfig.from_pretrained(location)
 
@@ -205,8 +205,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return value
 
 
-def _locate(name: str, progress: Progress) -> str:
-    """The folder or hub id to load ``name`` from; a GGUF file is converted on the way."""
+def locate(name: str, progress: Progress) -> str:
+    """The folder or hub id to load ``name`` (as in `load_model`) from; a GGUF file is converted on the way.
+
+    Raises
+    ------
+    InputError
+        If the name leads nowhere.
+    """
     gguf = _gguf_file(name)
     if gguf is not None:
         return str(_converted(gguf, progress))

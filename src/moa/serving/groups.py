@@ -1,0 +1,95 @@
+"""From a plan to what an engine with pages can serve: few groups of heads, each with one span.
+
+A paged engine gives every group of heads its own table of pages, and all pages have one size. So a page holds the keys
+and values of some tokens for as many heads as a group has, groups are equally large, and there are few of them. The
+heads are put in order of their spans and cut into groups of one size; each head is given the largest span of its group,
+so that no head sees less than the plan says. Nothing is lost to padding; what the larger spans cost is in `density`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moa.errors import PlanError
+from moa.plan import Plan
+
+MOST_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Heads by groups of one span, for sequences of up to ``length`` tokens.
+
+    Attributes
+    ----------
+    plan : Plan
+        What is served: a constant span for each head.
+    place : int64 [layers, kv_heads]
+        Each head's place among those of its rank, by falling span; ``size`` neighbours make a group.
+    spans : int64 [groups]
+        Tokens that a head of the group sees, sink included; falling.
+    size : int
+        Heads of a group on each rank.
+    length : int
+    ranks : int
+        Tensor-parallel ranks; each has an equal share of every group's heads.
+    """
+
+    plan: Plan
+    place: np.ndarray
+    spans: np.ndarray
+    size: int
+    length: int
+    ranks: int
+
+    @property
+    def density(self) -> float:
+        """Stored KV tokens over all KV tokens at ``length``."""
+        return self.plan.density(self.length)
+
+
+def head_groups(plan: Plan, length: int, ranks: int = 1, most: int = MOST_GROUPS) -> HeadGroups:
+    """The groups that store least, of all ways to cut the heads into at most ``most`` groups of one size.
+
+    Parameters
+    ----------
+    plan : Plan
+    length : int
+        N, at which the plan's rules are resolved: the longest sequence served. Shorter ones get the same spans.
+    ranks : int
+        Tensor-parallel ranks, each with its share of every layer's KV heads.
+    most : int
+
+    Raises
+    ------
+    PlanError
+        If the KV heads cannot be shared out to so many ranks.
+    """
+    layers, heads = plan.model.layers, plan.model.kv_heads
+    if heads % ranks:
+        raise PlanError(
+            f"the model has {heads} KV heads, which {ranks} tensor-parallel ranks cannot share equally; use a number "
+            f"of ranks that divides {heads}"
+        )
+    spans = plan.spans(length)
+    # [ranks, heads of a rank]; ranks hold neighbouring heads of each layer
+    of_rank = spans.reshape(layers, ranks, heads // ranks).transpose(1, 0, 2).reshape(ranks, -1)
+    order = np.argsort(-of_rank, axis=1, kind="stable")
+    longest = np.take_along_axis(of_rank, order, 1).max(0)  # of the heads at each place, over ranks
+    each = of_rank.shape[1]
+    cuts = [count for count in range(1, min(most, each) + 1) if each % count == 0]
+    groups = min(cuts, key=lambda count: (longest[:: each // count].sum() * (each // count), count))
+    size = each // groups
+    place = np.empty_like(of_rank)
+    np.put_along_axis(place, order, np.broadcast_to(np.arange(each), of_rank.shape), 1)
+    place = place.reshape(ranks, layers, heads // ranks).transpose(1, 0, 2).reshape(layers, heads)
+    of_group = longest[::size]
+    served = Plan.from_arrays(
+        plan.model,
+        of_group[place // size].astype(float),
+        np.zeros(place.shape),
+        plan.sink,
+        plan.block,
+        {**plan.provenance, "served": {"length": length, "ranks": ranks, "groups": int(groups)}},
+    )
+    return HeadGroups(served, place, of_group, size, length, ranks)
