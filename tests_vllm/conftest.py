@@ -82,4 +82,10 @@ def run_engine(folder, tmp_path):
 
 
 def environment():
-    return {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    # "nobind": vLLM would give every rank cores of its own, and there may be fewer
+    return {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    }

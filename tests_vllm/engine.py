@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own: reads a job from a file, writes what came out, and vLLM's own counters.
 
-    python engine.py job.json result.json
+python engine.py job.json result.json
 """
 
 import json
@@ -34,13 +34,14 @@ class Counters:
         config = scheduler.kv_cache_config
         self.result = {
             "blocks": config.num_blocks,
-            "block_bytes": sum(tensor.size for tensor in config.kv_cache_tensors) / config.num_blocks,
+            "block_bytes": max(tensor.size for tensor in config.kv_cache_tensors)
+            / config.num_blocks,  # groups share them
             "groups": len(config.kv_cache_groups),
             "padding": len({len(group.layer_names) for group in config.kv_cache_groups}) > 1,
             "free_before": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
             "free_after": [],
             "outputs": [],
-            "most_used": 0,  # blocks, by all requests together
+            "last_used": 0,  # blocks, by all requests together, before the last step
             "most_running": 0,
             "most_before_preemption": 0,
             "preemptions": 0,
@@ -61,6 +62,7 @@ def serve(engine, scheduler, prompts, result):
             number = waiting.pop(0)
             params = SamplingParams(temperature=0, max_tokens=prompts[number]["tokens"], ignore_eos=True)
             engine.add_request(str(number), {"prompt_token_ids": prompts[number]["ids"]}, params)
+        result["last_used"] = result["blocks"] - 1 - pool.get_num_free_blocks()
         for output in engine.step():
             number = int(output.request_id)
             tokens[number] = list(output.outputs[0].token_ids)
@@ -71,7 +73,6 @@ def serve(engine, scheduler, prompts, result):
         steps += 1
         preempted = sum(request.num_preemptions for request in scheduler.requests.values())
         result["preemptions"] = max(result["preemptions"], preempted)
-        result["most_used"] = max(result["most_used"], result["blocks"] - 1 - pool.get_num_free_blocks())
         result["most_running"] = max(result["most_running"], len(scheduler.running))
         if not preempted:
             result["most_before_preemption"] = max(result["most_before_preemption"], len(scheduler.running))

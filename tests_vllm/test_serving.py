@@ -1,8 +1,11 @@
 """vLLM under a plan says what `moa.apply` says, and holds the pages that the plan keeps."""
 
+import numpy as np
 import pytest
-
 from engine import random_prompts
+
+from moa.plan import Plan
+from moa.serving.groups import head_groups
 
 LENGTHS = [1, 2, 3, 31, 32, 33, 64, 100, 200, 333, 500, 700, 1000, 1500, 2100, 3000]
 NEW = 12
@@ -46,19 +49,25 @@ def test_prompts_that_share_a_beginning(run_engine, plan_file, expected):
     family = [shared + end for end in ends]
     others = random_prompts([2000, 2500], seed=4)
     rounds = [family[:1], others, family[1:], family]
-    result = run_engine([round_of(each) for each in rounds], plan_file, kv_cache_memory_bytes=90 << 20)
+    result = run_engine(
+        [round_of(each) for each in rounds], plan_file, max_num_batched_tokens=256, kv_cache_memory_bytes=110 << 20
+    )
     for given, found in zip(rounds, result["outputs"], strict=True):
         assert found == expected(given, [NEW] * len(given))
     assert result["cached_tokens"] > 0
 
 
 def test_preempted_requests_say_the_same(run_engine, plan_file, expected):
-    prompts = random_prompts([350] * 10, seed=5)
+    prompts = random_prompts([60] * 8, seed=5)
     result = run_engine(
-        [round_of(prompts, 120)], plan_file, kv_cache_memory_bytes=40 << 20, max_model_len=512, enable_prefix_caching=False
+        [round_of(prompts, 140)],
+        plan_file,
+        kv_cache_memory_bytes=20 << 20,
+        max_model_len=256,
+        enable_prefix_caching=False,
     )
     assert result["preemptions"] > 0
-    assert result["outputs"] == [expected(prompts, [120] * 10, length=512)]
+    assert result["outputs"] == [expected(prompts, [140] * 8, length=256)]
     assert result["free_after"] == [result["free_before"]]
 
 
@@ -66,3 +75,75 @@ def test_three_ranks(run_engine, plan_file, prompts, expected):
     some = prompts[::3]
     result = run_engine([round_of(some)], plan_file, tensor_parallel_size=3, distributed_executor_backend="mp")
     assert result["outputs"] == [expected(some, [NEW] * len(some), ranks=3)]
+
+
+def half_plan(identity, folder, length):
+    """A plan of density 0.5 as served: full heads and short ones, in equal groups."""
+    shape = identity.layers, identity.kv_heads
+    whole = np.random.default_rng(2).permutation(np.arange(np.prod(shape)) < 0.4 * np.prod(shape)).reshape(shape)
+    plan = Plan.from_arrays(identity, np.zeros(shape), np.where(whole, 1.0, 0.15))
+    plan.save(folder / "half.json")
+    assert 0.48 < plan.density(length) < 0.5
+    return folder / "half.json", head_groups(plan, length).density
+
+
+def test_pages_are_given_back(run_engine, dense, tmp_path):
+    """One request of 4k tokens: what it holds while it decodes, next to vLLM's dense model."""
+    length = 4096
+    plan, served = half_plan(dense.identity, tmp_path, length)
+    prompts = random_prompts([length - 20])
+    held = {}
+    for name, rules in (("dense", None), ("moa", plan)):
+        result = run_engine([round_of(prompts, 16)], rules, max_model_len=length, max_num_batched_tokens=256)
+        held[name] = result["last_used"] * result["block_bytes"]
+        assert result["free_after"] == [result["free_before"]]
+    assert held["moa"] / held["dense"] < (0.55 if served < 0.505 else 0.60)
+
+
+def test_the_same_memory_holds_more_requests(run_engine, dense, tmp_path):
+    length = 1024
+    plan, _ = half_plan(dense.identity, tmp_path, length)
+    prompts = random_prompts([length - 100] * 16)
+    running = {}
+    for name, rules in (("dense", None), ("moa", plan)):
+        result = run_engine(
+            [round_of(prompts, 80)],
+            rules,
+            max_model_len=length,
+            max_num_batched_tokens=512,
+            kv_cache_memory_bytes=280 << 20,
+            enable_prefix_caching=False,
+        )
+        running[name] = result["most_before_preemption"]
+    assert running["moa"] >= 1.7 * running["dense"]
+
+
+def test_two_hundred_requests_under_load(run_engine, plan_file, expected):
+    """Random lengths, arrivals and cancellations, and too little memory: nothing breaks, leaks or changes."""
+    rng = np.random.default_rng(6)
+    prompts = random_prompts(rng.integers(1, 600, 200).tolist(), seed=7)
+    load = [
+        {
+            "ids": ids,
+            "tokens": int(rng.integers(1, 40)),
+            "arrives": int(rng.integers(0, 400)),
+            "cancel_after": int(rng.integers(1, 20)) if rng.random() < 0.2 else None,
+        }
+        for ids in prompts
+    ]
+    result = run_engine(
+        [load],
+        plan_file,
+        max_model_len=768,
+        max_num_batched_tokens=512,
+        max_num_seqs=24,
+        kv_cache_memory_bytes=64 << 20,
+    )
+    assert result["free_after"] == [result["free_before"]]
+    (outputs,) = result["outputs"]
+    for request, output in zip(load, outputs, strict=True):
+        limit = request["cancel_after"] or request["tokens"]
+        assert min(limit, request["tokens"]) <= len(output) <= request["tokens"]
+    sample = rng.choice(200, 12, replace=False)
+    solo = expected([prompts[n] for n in sample], [len(outputs[n]) for n in sample], length=768)
+    assert [outputs[n] for n in sample] == solo

@@ -8,6 +8,6 @@ vLLM is imported by nothing but the modules here, and by those only where they r
 
 def register() -> None:
     """Entry point of vLLM's plugins: name the architecture that serves a plan."""
-    from vllm import ModelRegistry  # type: ignore[import-not-found]
+    from vllm import ModelRegistry
 
     ModelRegistry.register_model("MoAForCausalLM", "moa.serving.model:MoAForCausalLM")

@@ -5,11 +5,11 @@ serve all of its heads. Requests that decode one token are attended together; a 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from vllm.v1.attention.backend import (  # type: ignore[import-not-found]
+from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
     AttentionMetadataBuilder,
@@ -53,7 +53,7 @@ class SpanMetadata:
     readings: tuple[Reading, ...]
 
 
-class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):  # type: ignore[misc]
+class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
     """Works out a group's `SpanMetadata` from vLLM's block table."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
@@ -101,7 +101,7 @@ class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):  # type: igno
         )
 
 
-class SpanAttentionImpl(AttentionImpl):  # type: ignore[misc]
+class SpanAttentionImpl(AttentionImpl):
     """Attention of one KV head and its query heads."""
 
     def __init__(
@@ -159,10 +159,10 @@ class SpanAttentionImpl(AttentionImpl):  # type: ignore[misc]
         return output
 
 
-class SpanBackend(AttentionBackend):  # type: ignore[misc]
+class SpanBackend(AttentionBackend):
     """What vLLM asks about the above."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     forward_includes_kv_cache_update = True
 
     @staticmethod

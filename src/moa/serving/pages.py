@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.core.block_pool import BlockPool  # type: ignore[import-not-found]
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes  # type: ignore[import-not-found]
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager  # type: ignore[import-not-found]
-from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec  # type: ignore[import-not-found]
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry  # type: ignore[import-not-found]
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanSpec(SlidingWindowSpec):  # type: ignore[misc]
+class SpanSpec(SlidingWindowSpec):
     """Pages of one KV head of a group.
 
     Attributes
@@ -41,7 +41,7 @@ class SpanSpec(SlidingWindowSpec):  # type: ignore[misc]
         return min(window + self.sink_blocks, -(-max_model_len // self.block_size))
 
 
-class SpanManager(SlidingWindowManager):  # type: ignore[misc]
+class SpanManager(SlidingWindowManager):
     """Lets go of the pages between sink and window."""
 
     def __init__(self, kv_cache_spec: SpanSpec, **kwargs: Any):
@@ -131,5 +131,3 @@ def _register() -> None:
 
 
 _register()
-
-__all__ = ["KVCacheSpec", "SpanManager", "SpanSpec"]
