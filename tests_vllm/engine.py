@@ -60,7 +60,9 @@ def serve(engine, scheduler, prompts, result):
     while waiting or engine.has_unfinished_requests():
         while waiting and prompts[waiting[0]].get("arrives", 0) <= steps:
             number = waiting.pop(0)
-            params = SamplingParams(temperature=0, max_tokens=prompts[number]["tokens"], ignore_eos=True)
+            tokens_wanted = prompts[number]["tokens"]
+            # no end before the last token, as generate's min_new_tokens has it
+            params = SamplingParams(temperature=0, max_tokens=tokens_wanted, min_tokens=tokens_wanted)
             engine.add_request(str(number), {"prompt_token_ids": prompts[number]["ids"]}, params)
         result["last_used"] = result["blocks"] - 1 - pool.get_num_free_blocks()
         for output in engine.step():
