@@ -139,7 +139,7 @@ def search(
     output: Output,
     density: Density = 0.5,
     lengths: Lengths = None,
-    items: Items = 16,
+    items: Items = 24,
     mixture: Mixture = DEFAULT_MIXTURE,
     text: TextFiles = None,
     dataset: Dataset = None,
@@ -181,7 +181,7 @@ def search(
 def calibrate(
     model: Model,
     lengths: Lengths = None,
-    items: Items = 16,
+    items: Items = 24,
     mixture: Mixture = DEFAULT_MIXTURE,
     text: TextFiles = None,
     dataset: Dataset = None,
@@ -429,7 +429,8 @@ def evaluate(
     model: Model,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
     against: Annotated[
-        str, typer.Option(help="Of dense, uniform, per-layer, per-head, binary-heads (at each plan's density).")
+        str,
+        typer.Option(help="Of dense, uniform, per-layer, per-head, binary-heads (at each plan's density); or none."),
     ] = "dense,uniform",
     lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "1024",
     tasks: Annotated[
@@ -476,9 +477,11 @@ def evaluate(
     wanted = _numbers(lengths, "--lengths") or ()
     chosen = {"none": (), "all": TASKS}.get(tasks, tuple(tasks.split(",")))
     config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
-    others = against.split(",")
+    others = [] if against == "none" else against.split(",")
     if set(others) - {"dense", "uniform", *baselines.NAMES}:
-        raise InputError(f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}")
+        raise InputError(
+            f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}; or none"
+        )
     plans = {path.stem: Plan.load(path) for path in plan or ()}
     losses = _losses(run_dir, mixture) if set(others) & set(baselines.NAMES) else {}
     identity = ModelIdentity.of(load_config(model))
@@ -577,7 +580,7 @@ def bench_attention(
     from moa.benchmark.attention import to_markdown
     from moa.progress import Progress
 
-    _bench(json, to_markdown, lambda: measure(Progress(quiet)))
+    _bench(json, to_markdown, lambda known, keep: measure(Progress(quiet)))
 
 
 @bench_app.command("profile")
@@ -591,7 +594,7 @@ def bench_profile(
     from moa.benchmark.profile import to_markdown
     from moa.progress import Progress
 
-    _bench(json, to_markdown, lambda: measure(items, Progress(quiet)))
+    _bench(json, to_markdown, lambda known, keep: measure(items, Progress(quiet)))
 
 
 @bench_app.command("throughput")
@@ -651,9 +654,12 @@ def bench_throughput(
         plans |= {f"uniform {100 * each:.3g} %": Plan.uniform(loaded.identity, each) for each in sorted(budgets)}
     dense = [name for name in others if name != "uniform"]
 
-    def run() -> dict[str, Any]:
-        found = measure(loaded, plans, dense, wanted, rows, steps, Progress(quiet))
-        return {"device": device_info([device]), **found}
+    machine = {"device": device_info([device])}
+
+    def run(known: list[dict[str, Any]], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        return machine | measure(
+            loaded, plans, dense, wanted, rows, steps, Progress(quiet), known, lambda found: keep(machine | found)
+        )
 
     _bench(json, to_markdown, run)
 
@@ -670,19 +676,37 @@ def _densities(text: str) -> list[float]:
     return found
 
 
-def _bench(json: Path | None, to_markdown: Callable[[dict[str, Any]], str], run: Callable[[], dict[str, Any]]) -> None:
-    """Run a benchmark, print its table, and write both where ``json`` says."""
+def _bench(
+    json: Path | None,
+    to_markdown: Callable[[dict[str, Any]], str],
+    run: Callable[[list[dict[str, Any]], Callable[[dict[str, Any]], None]], dict[str, Any]],
+) -> None:
+    """Run a benchmark, print its table, and write both where ``json`` says.
+
+    ``run`` takes the rows that an interrupted call of the same command has left, and what keeps its own.
+    """
     from rich.markdown import Markdown
 
-    from moa.files import check_writable, write_json, write_text
+    from moa.files import check_writable, read_json, write_json, write_text
 
+    command = {"command": "moa " + " ".join(sys.argv[1:])}
+    partial = None
+    left: dict[str, Any] = {}
     if json:
         check_writable(json)
-    result = {"command": "moa " + " ".join(sys.argv[1:]), **run()}
+        partial = json.with_suffix(".partial.json")
+        left = read_json(partial) if partial.is_file() else {}
+
+    def keep(found: dict[str, Any]) -> None:
+        if partial:
+            write_json(partial, command | found)
+
+    result = command | run(left["rows"] if left.get("command") == command["command"] else [], keep)
     out.print(Markdown(to_markdown(result)))
-    if json:
+    if json and partial:
         write_json(json, result)
         write_text(json.with_suffix(".md"), to_markdown(result))
+        partial.unlink(missing_ok=True)
 
 
 @app.command("env")

@@ -1,13 +1,14 @@
 """Throughput: every method decodes the same way, and a row says what was stored."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
 from moa.benchmark.shapes import random_model
-from moa.benchmark.throughput import ROUNDS, bench_throughput, decode_in_turn, to_markdown, typical_plan
+from moa.benchmark.throughput import ROUNDS, Row, bench_throughput, decode_in_turn, to_markdown, typical_plan
 from moa.cli import main
 from moa.errors import InputError
 from moa.models import LoadedModel
@@ -67,6 +68,24 @@ def test_all_methods_decode_the_same_tokens_where_nothing_is_left_out(loaded):
     assert all(len(seconds) == (ROUNDS - 1) * STEPS for _, seconds in found)
 
 
+def test_an_interrupted_call_goes_on_from_what_it_kept(loaded):
+    """On a CPU, the methods of one length are measured together."""
+    dense, kept = ["dense-dynamic"], []
+
+    def interrupt(result):
+        kept.append(result)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench_throughput(loaded, {}, dense, [320, LENGTH], 1, STEPS, keep=interrupt)
+    (first,) = kept
+    assert [row["length"] for row in first["rows"]] == [320]
+    again = bench_throughput(loaded, {}, dense, [320, LENGTH], 1, STEPS, known=first["rows"], keep=kept.append)
+    assert again["rows"][0] == first["rows"][0]
+    assert [row["length"] for row in again["rows"]] == [320, LENGTH]
+    assert len(kept) == 2, "one length was left"
+
+
 @pytest.mark.parametrize(
     ("against", "lengths", "batch", "steps", "reason"),
     [
@@ -111,3 +130,35 @@ def test_the_command_writes_its_table(tmp_path, demo_model):
     result = json.loads(target.read_text(encoding="utf-8"))
     assert [row["method"] for row in result["rows"]] == ["dense-dynamic", "dense-static", "MoA 50 %", "uniform 50 %"]
     assert target.with_suffix(".md").read_text(encoding="utf-8").count("\n| demo |") == 4
+    assert not target.with_suffix(".partial.json").exists()
+
+
+def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, monkeypatch):
+    """Rows of another command are not taken."""
+    monkeypatch.chdir(tmp_path)
+    numbers = [field.name for field in fields(Row)[2:]]
+    row = {"shape": "llama-7b", "method": "dense-static", **dict.fromkeys(numbers, 1)}
+    asked = []
+
+    def measure(*args, **kwargs):
+        known, keep = args[7:9]
+        asked.append(known)
+        result = {"versions": {}, "copy_gb_s": 1.0, "rows": known or [row]}
+        keep(result)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr("moa.benchmark.throughput.bench_throughput", measure)
+    monkeypatch.setattr("moa.benchmark.shapes.random_model", lambda *_: loaded)
+    codes = []
+    for steps in ("1", "1", "2"):
+        arguments = ["bench", "throughput", "--shape", "llama-7b", "--steps", steps, "--json", "speed.json"]
+        monkeypatch.setattr("sys.argv", ["moa", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        codes.append(end.value.code)
+        assert (tmp_path / "speed.partial.json").exists() == (len(asked) == 1)
+        assert (tmp_path / "speed.json").exists() == (len(asked) > 1)
+    assert [bool(code) for code in codes] == [True, False, False]
+    assert asked == [[], [row], []]

@@ -53,6 +53,8 @@ def test_texts_that_are_too_short_are_refused(tokenizer):
 
 def test_answers_are_scored_where_they_are_predicted():
     model, ids = tiny_model("llama"), random_ids(1, 60)
-    found = answer_log_probs(model, CalibrationItem(ids[0].numpy(), np.arange(50, ids.shape[1])))
+    found = answer_log_probs(
+        model, CalibrationItem(ids[0].numpy(), np.arange(50, ids.shape[1]), np.arange(60, ids.shape[1]))
+    )
     expected = model(ids).logits[0, 49:59].log_softmax(-1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

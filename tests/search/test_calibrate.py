@@ -1,5 +1,6 @@
 """Calibration items: exactly N tokens, answered by the dense model itself, the same for the same seed."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from moa.errors import InputError
+from moa.evaluation import tasks
 from moa.files import write_tensors
 from moa.models import LoadedModel
 from moa.plan import ModelIdentity
@@ -89,12 +91,12 @@ def test_summaries_are_the_models_own_greedy_tokens(demo_model, real_items):
 
 def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
     """Refining measures on the first few items only."""
-    config = CalibrateConfig((512,), items=16, sources=(RETRIEVAL,))
+    config = CalibrateConfig((512,), items=2 * len(FACTS), sources=(RETRIEVAL,))
     prompts = [
         random_model.tokenizer.decode(item.input_ids)
         for item in calibrate(random_model, TEXT, config).items[512, RETRIEVAL]
     ]
-    for first in (prompts[:8], prompts[8:]):
+    for first in (prompts[: len(FACTS)], prompts[len(FACTS) :]):
         kinds = [
             sum(any(kind.question.format(key=key) in prompt for key in kind.keys) for prompt in first) for kind in FACTS
         ]
@@ -102,6 +104,16 @@ def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
     for count in (2, 4, 8, 16):
         places = sorted(evenly(index) for index in range(count))
         assert np.allclose(np.diff(places), 1 / count)
+
+
+def test_facts_share_no_word_with_the_names_of_the_evaluation():
+    hidden = {word for name in tasks._all_names() for word in name.lower().split("-")}
+    assert len(hidden) > 100
+    for kind in FACTS:
+        names = [*kind.keys, *(kind.values if isinstance(kind.values, tuple) else ())]
+        assert len(names) == len(set(names))
+        words = {word for name in names for word in re.split(r"\W|_", name.lower())}
+        assert not words & hidden, kind.statement
 
 
 @pytest.mark.slow
@@ -128,7 +140,7 @@ def test_a_conversation_is_the_chat_templates(random_model):
     tokenizer = random_model.tokenizer
     config = CalibrateConfig((2048,), items=4, sources=(RETRIEVAL,))
     items = calibrate(replace(random_model, context_length=2048), TEXT, config).items[2048, RETRIEVAL]
-    assert sorted(len(answers_of(item)) for item in items) == [1, 2, 4, 4]
+    assert sorted(len(answers_of(item)) for item in items) == [1, 2, 4, 8]
     for item in items:
         written = tokenizer.decode(item.input_ids)
         users = [part.split("<|im_end|>")[0] for part in written.split("<|im_start|>user\n")[1:]]
@@ -143,6 +155,24 @@ def test_a_conversation_is_the_chat_templates(random_model):
         values = [value_of(answer) for answer in said]
         assert len(set(values)) == len(values)
         assert all(users[0].count(value) == 1 for value in values)
+
+
+def test_of_an_answer_only_the_value_carries_loss(random_model):
+    """Of summaries and text, every token."""
+    decode = random_model.tokenizer.decode
+    config = CalibrateConfig((2048,), items=2 * len(FACTS), sources=SOURCES)
+    items = calibrate(replace(random_model, context_length=2048), TEXT, config).items
+    spelled = []
+    for item in items[2048, RETRIEVAL]:
+        assert set(item.loss) < set(item.answer)
+        measured = np.split(item.input_ids[item.loss], np.flatnonzero(np.diff(item.loss) > 1) + 1)
+        for answer, tokens in zip(answers_of(item), measured, strict=True):
+            assert decode(tokens).strip() == value_of(decode(answer))
+            spelled.append(decode(tokens).strip())
+    assert any(value.isdigit() for value in spelled)
+    assert any(value in PLACES for value in spelled)
+    for source in set(SOURCES) - {RETRIEVAL}:
+        assert all(np.array_equal(item.loss, item.answer) for item in items[2048, source])
 
 
 def test_every_item_has_exactly_its_length_and_all_items_differ(random_model):

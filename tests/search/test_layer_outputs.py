@@ -22,7 +22,9 @@ def divergence_of(model):
     answer = np.arange(290, 300)
     cells = {(length, source): 3 for length in (300, 400) for source in WEIGHTS}
     items = {
-        key: tuple(CalibrationItem(ids, answer) for ids in random_ids(count, key[0], seed=len(key[1]) + key[0]).numpy())
+        key: tuple(
+            CalibrationItem(ids, answer, answer) for ids in random_ids(count, key[0], seed=len(key[1]) + key[0]).numpy()
+        )
         for key, count in cells.items()
     }
     return Divergence(loaded, CalibrationSet(items), WEIGHTS)

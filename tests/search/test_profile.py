@@ -72,7 +72,7 @@ def tiny(model_type="llama", dtype=torch.float64):
 
 def item(length, answer, seed=0):
     ids = np.random.default_rng(seed).integers(1, 99, length)
-    return CalibrationItem(ids, np.arange(length - answer, length))
+    return CalibrationItem(ids, np.arange(length - answer, length), np.arange(length - answer, length))
 
 
 CALIBRATION = CalibrationSet(

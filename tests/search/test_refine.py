@@ -15,7 +15,9 @@ from moa.search.text import default_text
 
 IDENTITY = ModelIdentity("llama", 4, 2, 4, 16, "")
 LENGTH = 2048
-ITEMS = CalibrationSet({(LENGTH, "retrieval"): (CalibrationItem(np.zeros(LENGTH, np.int64), np.arange(1, 2)),)})
+ITEMS = CalibrationSet(
+    {(LENGTH, "retrieval"): (CalibrationItem(np.zeros(LENGTH, np.int64), np.arange(1, 2), np.arange(1, 2)),)}
+)
 
 
 class Loaded:

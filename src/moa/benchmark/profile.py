@@ -118,9 +118,9 @@ _OURS = {estimator: f"profile, {estimator} influence" for estimator in Estimator
 def _rows(loaded: LoadedModel, length: int, items: int) -> list[Row]:
     generator = np.random.default_rng(0)
     vocabulary = loaded.model.config.vocab_size
+    answer = np.arange(length - _ANSWER, length)
     members = tuple(
-        CalibrationItem(generator.integers(0, vocabulary, length), np.arange(length - _ANSWER, length))
-        for _ in range(max(items, _REPEATS))
+        CalibrationItem(generator.integers(0, vocabulary, length), answer, answer) for _ in range(max(items, _REPEATS))
     )
     times: dict[str, tuple[int, float, float]] = {}  # items, seconds, peak
 

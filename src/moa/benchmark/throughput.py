@@ -11,7 +11,7 @@ with a static cache decode compiled, by transformers' own means; plans replay CU
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -99,6 +99,8 @@ def bench_throughput(
     batch: int | None = 1,
     steps: int = 16,
     progress: Progress = SILENT,
+    known: Sequence[Mapping[str, Any]] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measure every method at every length; returns what the result file holds, without the command and the device.
 
@@ -114,6 +116,10 @@ def bench_throughput(
         None: as many sequences as fit, for each method; on a GPU only.
     steps : int
         Tokens of a timed round.
+    known : sequence of dict
+        Rows of an interrupted call, which are not measured again.
+    keep : callable, optional
+        Called with the result so far, whenever something was measured.
 
     Raises
     ------
@@ -138,20 +144,31 @@ def bench_throughput(
     # On a GPU each method has the memory for itself; elsewhere they take turns, since machines slow down.
     groups = [[name] for name in methods] if cuda else [list(methods)]
     bandwidth = _copy_bytes_per_second(loaded.model.device)
-    work = [(length, group) for length in sorted(set(lengths)) for group in groups]
-    rows = []
+    rows = [Row(**row) for row in known]
+    measured = {(row.length, row.method) for row in rows}
+    work = [
+        (length, group)
+        for length in sorted(set(lengths))
+        for group in groups
+        if not {(length, name) for name in group} <= measured
+    ]
+
+    def result() -> dict[str, Any]:
+        return {
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "copy_gb_s": bandwidth / 1e9,
+            "rows": [asdict(row) for row in rows],
+        }
+
     for length, group in progress.track(work, "Decoding"):
         chosen = {name: methods[name] for name in group}
         if batch is None:
             rows += _at_largest_batch(loaded, chosen, length, steps, bandwidth)
         else:
             rows += _measured(loaded, chosen, length, batch, steps, bandwidth)
+        keep(result())
         _free(loaded.model)
-    return {
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "copy_gb_s": bandwidth / 1e9,
-        "rows": [asdict(row) for row in rows],
-    }
+    return result()
 
 
 def _measured(

@@ -127,8 +127,9 @@ def _summaries(
         numbered = [part for head, passage in zip(heads, passages, strict=True) for part in (head, passage)]
         prompts.append(np.concatenate([before, *numbered, after]).astype(np.int64))
     answers = greedy_answers(loaded, np.stack(prompts), answer_tokens, exactly=True)
+    places = np.arange(length - answer_tokens, length)
     return [
-        CalibrationItem(np.concatenate([prompt, answer]), np.arange(len(prompt), length))
+        CalibrationItem(np.concatenate([prompt, answer]), places, places)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -140,6 +141,6 @@ def _texts(
     first = token_ids(loaded.tokenizer, "", special=True)
     answer = np.arange(length - min(_TEXT_ANSWER, length // 4), length)
     return [
-        CalibrationItem(np.concatenate([first, stream.draw(length - len(first), rng)]), answer)
+        CalibrationItem(np.concatenate([first, stream.draw(length - len(first), rng)]), answer, answer)
         for _ in range(config.items)
     ]

@@ -20,7 +20,7 @@ from moa.search.tables import SHORTEST
 class Divergence:
     """Kullback-Leibler divergence of a model under a plan from the dense model.
 
-    The dense model's log-probabilities are kept on its device, float32: tokens of all answers times the vocabulary.
+    The dense model's log-probabilities are kept on its device, float32: tokens that carry loss times the vocabulary.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Divergence:
         self._outputs.forget()
 
     def by_source(self, plan: Plan) -> dict[str, float]:
-        """Divergence for each source, nats per answer token: mean over tokens, then items, then lengths."""
+        """Divergence for each source, nats per token that carries loss: mean over tokens, then items, then lengths."""
         run: _Pass = _run
         if self._base is not None:
             if plan == self._base:
@@ -78,7 +78,7 @@ class Divergence:
 
     @torch.no_grad()
     def _log_probs(self, key: tuple[int, str], run: "_Pass") -> list[torch.Tensor]:
-        """Log-probabilities at every position of each answer: float32 [answer tokens, vocabulary]."""
+        """Log-probabilities of the tokens that carry loss, for each item: float32 [tokens, vocabulary]."""
         model, items = self._loaded.model, self._items.items[key]
         length = len(items[0].input_ids)
         rows = rows_together(model.device, length)
@@ -86,11 +86,11 @@ class Divergence:
         for first in range(0, len(items), rows):
             together = items[first : first + rows]
             ids = torch.as_tensor(np.stack([item.input_ids for item in together]), device=model.device)
-            start = min(item.answer_start for item in together)
+            start = min(int(item.loss[0]) for item in together)
             positions = torch.arange(start - 1, length - 1, device=model.device)
             logits = run((key, first), run=partial(logits_at, model, ids, positions, use_cache=False))
             answers = zip(logits, together, strict=True)
-            result += [row[item.answer - start].float().log_softmax(-1) for row, item in answers]
+            result += [row[item.loss - start].float().log_softmax(-1) for row, item in answers]
         return result
 
 

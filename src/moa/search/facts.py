@@ -7,7 +7,8 @@ class Fact(NamedTuple):
     """A kind of fact. Wordings and lengths of numbers differ from those of `moa.evaluation.tasks`, on purpose.
 
     Kinds differ in what a model has to look for: names that stand nowhere else and everyday words, before the value or
-    after it, and values of digits and of words. Heads that only some of these need are missed by calibrating on others.
+    after it, names of one word, of two words that others share, and codes, and values of digits and of words. Heads
+    that only some of these need are missed by calibrating on others.
     """
 
     statement: str
@@ -39,8 +40,18 @@ _EVERYDAY = (
     "door code",
     "room number",
 )
+_TEAMS = tuple(
+    f"{color}-{animal}"
+    for color in "amber cobalt crimson indigo ivory maroon scarlet teal violet bronze lilac ochre".split()
+    for animal in "otter heron lynx walrus gecko moose tapir bison ferret magpie stork weasel".split()
+)
+_PARCELS = tuple(
+    f"{first}{second}-{number}"
+    for first, second, number in zip("BCDFGHJKLMNPQRST", "XWVZXKQPHJDRMTFG", range(118, 1000, 57), strict=False)
+)
+_GOODS = tuple(f"{city} {machine}" for city in _CITIES for machine in _MACHINES)
 PLACES = tuple(
-    "kitchen drawer,garden shed,green suitcase,piano bench,upper shelf,laundry room,wine cellar,old wardrobe,glove box,"
+    "kitchen drawer,tool shed,green suitcase,piano bench,upper shelf,laundry room,wine cellar,old wardrobe,glove box,"
     "bottom cupboard".split(",")
 )
 
@@ -60,10 +71,24 @@ FACTS = (
         7,
     ),
     Fact(
-        "The locker number of {key} is {value}.",
-        "What is the locker number of {key}?",
-        "The locker number of {key} is {value}.",
-        _PEOPLE,
+        "Visitors of team {key} use badge {value}.",
+        "Which badge do visitors of team {key} use?",
+        "Visitors of team {key} use badge {value}.",
+        _TEAMS,
+        6,
+    ),
+    Fact(
+        "Parcel {key} weighs {value} grams.",
+        "How many grams does parcel {key} weigh?",
+        "Parcel {key} weighs {value} grams.",
+        _PARCELS,
+        4,
+    ),
+    Fact(
+        "The {key} was sold for {value} euros.",
+        "For how many euros was the {key} sold?",
+        "The {key} was sold for {value} euros.",
+        _GOODS,
         4,
     ),
     Fact(

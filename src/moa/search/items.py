@@ -18,15 +18,18 @@ class CalibrationItem:
     ----------
     input_ids : int64 array [N]
     answer : int64 array [answer tokens]
-        Places of the tokens that carry loss, rising; the first token of the sequence is none of them.
+        Places of the tokens of the answers, rising; the first token of the sequence is none of them.
+    loss : int64 array [tokens that carry loss]
+        Those of them that the search measures.
     """
 
     input_ids: np.ndarray
     answer: np.ndarray
+    loss: np.ndarray
 
     @property
     def answer_start(self) -> int:
-        """Place of the first token that carries loss."""
+        """Place of the first token of an answer."""
         return int(self.answer[0])
 
 
@@ -49,6 +52,7 @@ class CalibrationSet:
             for index, item in enumerate(items):
                 tensors[f"{length}/{source}/{index}/input_ids"] = item.input_ids
                 tensors[f"{length}/{source}/{index}/answer"] = item.answer
+                tensors[f"{length}/{source}/{index}/loss"] = item.loss
         write_tensors(path, tensors)
 
     @classmethod
@@ -66,8 +70,8 @@ class CalibrationSet:
             for name in tensors:
                 length, source, index, part = name.split("/")
                 if part == "input_ids":
-                    answer = tensors[f"{length}/{source}/{index}/answer"]
-                    found[int(length), source][int(index)] = CalibrationItem(tensors[name], answer)
+                    answer, loss = (tensors[f"{length}/{source}/{index}/{part}"] for part in ("answer", "loss"))
+                    found[int(length), source][int(index)] = CalibrationItem(tensors[name], answer, loss)
         except (KeyError, ValueError) as error:
             raise InputError(f"{path} does not hold calibration items; delete it and calibrate again") from error
         return cls({key: tuple(items[index] for index in sorted(items)) for key, items in sorted(found.items())})

@@ -61,7 +61,7 @@ class DataConfig:
 
     lengths: tuple[int, ...] | None = None
     validation_length: int | None = None
-    items: int = 16
+    items: int = 24
     validation_items: int = 8
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     seed: int = 0

@@ -207,15 +207,15 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
     """Loss table of one item, float64 [layers, query_heads, W]."""
     model, identity = loaded.model, loaded.identity
     length = len(item.input_ids)
-    if not (len(item.answer) and 1 <= item.answer.min() <= item.answer.max() < length):
+    if not (len(item.loss) and 1 <= item.loss.min() <= item.loss.max() < length):
         raise InputError(
-            f"a calibration item of {length} tokens has its answer at {item.answer.tolist()}; expected a prompt and an "
+            f"a calibration item of {length} tokens has its answer at {item.loss.tolist()}; expected a prompt and an "
             "answer of at least one token each"
         )
     ids = torch.as_tensor(item.input_ids, dtype=torch.int64, device=model.device)
     empty = InfluenceCollector(config.estimator, config.strip, config.backend)
     with _collecting(identity, empty) as collector, torch.enable_grad():
-        places = torch.as_tensor(item.answer, device=model.device)
+        places = torch.as_tensor(item.loss, device=model.device)
         # a token is predicted one place before it
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=places - 1).logits
         answer_loss(logits[0], ids[places], config.estimator).backward()
@@ -236,7 +236,7 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
 def _file_name(loaded: LoadedModel, key: tuple[int, str], item: CalibrationItem, estimator: Estimator) -> str:
     """Name of an item's file: the same only for the same measurement."""
     digest = hashlib.sha256(np.asarray(item.input_ids, np.int64).tobytes())
-    digest.update(repr((item.answer.tolist(), str(estimator), loaded.name, loaded.identity)).encode())
+    digest.update(repr((item.loss.tolist(), str(estimator), loaded.name, loaded.identity)).encode())
     return f"{key[0]}-{key[1]}-{digest.hexdigest()[:16]}.safetensors"
 
 

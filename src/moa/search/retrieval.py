@@ -3,6 +3,9 @@
 One text serves several questions: reading it is what costs, so measuring four answers costs little more than one. And
 the facts that are not asked for are what a model may take for the one that is. A head that helps to find *a* fact is
 not yet one that helps to find *the* fact; texts with one fact, and texts with eight of a kind, tell the two apart.
+
+Only the tokens of the value that was asked for carry loss. The other words of an answer repeat the question; a model
+says them right without having found anything, and whether it says them in the dense model's way tells nothing.
 """
 
 from collections.abc import Mapping
@@ -27,7 +30,6 @@ _TRIES = 4
 # Facts in a text, each number as often as the others; in shorter texts fewer, so that most of a text is text.
 _FACTS = (1, 2, 4, 8)
 _TOKENS_A_FACT = 256
-_QUESTIONS = 4  # about one text, at most
 _LEAST_TEXT = 32  # fewer tokens make no long-range dependency
 
 
@@ -38,6 +40,15 @@ class _Turn:
     question: np.ndarray
     value: str
     expected: np.ndarray
+
+    def told(self, tokenizer: PreTrainedTokenizerBase, answer: np.ndarray) -> np.ndarray:
+        """Which tokens of an answer spell the value, commas aside; all of them where none do: bool [answer tokens]."""
+        said = [str(tokenizer.decode(answer[:count])).replace(",", "") for count in range(len(answer) + 1)]
+        first = said[-1].find(self.value)
+        if first < 0:
+            return np.ones(len(answer), bool)
+        ends = np.array([len(text) for text in said])
+        return (ends[1:] > first) & (ends[:-1] < first + len(self.value))
 
 
 @dataclass(frozen=True)
@@ -61,17 +72,23 @@ class _Conversation:
         after = np.concatenate([self.gap, turn.question, self.ask])
         return np.concatenate([self.before, self.text[: tokens - len(self.before) - len(after)], after])
 
-    def answered(self, length: int, answers: Mapping[int, np.ndarray]) -> CalibrationItem:
+    def answered(
+        self, tokenizer: PreTrainedTokenizerBase, length: int, answers: Mapping[int, np.ndarray]
+    ) -> CalibrationItem:
         """The item of ``length`` tokens with these answers, by number of turn; turns without one are left out."""
-        pieces: list[tuple[np.ndarray, bool]] = []  # tokens, and whether they carry loss
+        pieces: list[tuple[np.ndarray, np.ndarray | None]] = []  # tokens; of an answer also which carry loss
         lead = self.gap
         for number, answer in sorted(answers.items()):
-            pieces += [(np.concatenate([lead, self.turns[number].question, self.ask]), False), (answer, True)]
+            turn = self.turns[number]
+            pieces += [(np.concatenate([lead, turn.question, self.ask]), None), (answer, turn.told(tokenizer, answer))]
             lead = self.between[1:] if answer[-1] == self.between[0] else self.between
         room = length - len(self.before) - sum(len(tokens) for tokens, _ in pieces)
-        pieces = [(self.before, False), (self.text[:room], False), *pieces]
-        scored = np.concatenate([np.full(len(tokens), answer) for tokens, answer in pieces])
-        return CalibrationItem(np.concatenate([tokens for tokens, _ in pieces]), np.flatnonzero(scored))
+        pieces = [(self.before, None), (self.text[:room], None), *pieces]
+        said = np.concatenate([np.full(len(tokens), told is not None) for tokens, told in pieces])
+        loss = np.concatenate([np.zeros(len(tokens), bool) if told is None else told for tokens, told in pieces])
+        return CalibrationItem(
+            np.concatenate([tokens for tokens, _ in pieces]), np.flatnonzero(said), np.flatnonzero(loss)
+        )
 
 
 def retrieval_items(
@@ -113,7 +130,7 @@ def retrieval_items(
                 if talk.turns[index].value in str(loaded.tokenizer.decode(answer)).replace(",", "")
             }
             if right:
-                done[number] = talk.answered(length, right)
+                done[number] = talk.answered(loaded.tokenizer, length, right)
             else:
                 failed[number] = talk
     missing = count - len(done)
@@ -124,7 +141,8 @@ def retrieval_items(
         )
     for number in sorted(failed)[:missing]:
         talk = failed[number]
-        done[number] = talk.answered(length, {index: turn.expected for index, turn in enumerate(talk.turns)})
+        expected = {index: turn.expected for index, turn in enumerate(talk.turns)}
+        done[number] = talk.answered(loaded.tokenizer, length, expected)
     return [done[number] for number in sorted(done)]
 
 
@@ -147,7 +165,7 @@ def _conversation(
     depth: float,
     rng: np.random.Generator,
 ) -> _Conversation:
-    """Facts of a kind in real text, the first at ``depth`` (0 to 1), and questions about it and some others."""
+    """Facts of a kind in real text, the first at ``depth`` (0 to 1), and questions about all of them."""
     keys = rng.permutation(kind.keys)[:count].tolist()
     if isinstance(kind.values, int):
         values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
@@ -159,7 +177,7 @@ def _conversation(
     ]
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turns: list[_Turn] = []
-    for key, value in list(zip(keys, values, strict=True))[:_QUESTIONS]:
+    for key, value in zip(keys, values, strict=True):
         question = kind.question.format(key=key)
         expected = [*token_ids(tokenizer, kind.answer.format(key=key, value=value)), *ending][:_ANSWER]
         turns.append(_Turn(token_ids(tokenizer, question), value, np.array(expected, np.int64)))
