@@ -20,19 +20,23 @@ def main(job_file, result_file):
     llm = LLM(**job["options"], enforce_eager=True, dtype="float32", seed=0, disable_log_stats=True)
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
-    result = counters(scheduler)
+    result = counters(scheduler, engine.vllm_config)
     for round_ in job["rounds"]:
         result["outputs"].append(serve(engine, scheduler, round_, result))
         result["free_after"].append(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
     Path(result_file).write_text(json.dumps(result))
 
 
-def counters(scheduler):
+def counters(scheduler, engine_config):
     """What the engine starts with."""
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
     config = scheduler.kv_cache_config
     memory = max(tensor.size for tensor in config.kv_cache_tensors)  # which the groups share
     return {
         "blocks": config.num_blocks,
+        "in_flight": engine_config.max_in_flight_tokens,
+        "concurrency": get_max_concurrency_for_kv_cache_config(engine_config, config),  # printed at the start
         "block_bytes": memory / config.num_blocks,
         "groups": len(config.kv_cache_groups),
         "padding": len({len(group.layer_names) for group in config.kv_cache_groups}) > 1,

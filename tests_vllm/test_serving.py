@@ -6,6 +6,7 @@ from engine import random_prompts
 
 from moa.plan import Plan
 from moa.serving.groups import head_groups
+from moa.serving.sizing import page_bytes, request_pages
 
 LENGTHS = [1, 2, 3, 31, 32, 33, 64, 100, 200, 333, 500, 700, 1000, 1500, 2100, 3000]
 NEW = 12
@@ -77,28 +78,42 @@ def test_three_ranks(run_engine, plan_file, prompts, expected):
     assert result["outputs"] == [expected(some, [NEW] * len(some), ranks=3)]
 
 
-def half_plan(identity, folder, length):
-    """A plan of density 0.5 as served: full heads and short ones, in equal groups."""
+def half_plan(identity, folder, length, own=False):
+    """A plan of density 0.5: full heads and short ones, of one span or each of its own; and its density as served."""
     shape = identity.layers, identity.kv_heads
-    whole = np.random.default_rng(2).permutation(np.arange(np.prod(shape)) < 0.4 * np.prod(shape)).reshape(shape)
-    plan = Plan.from_arrays(identity, np.zeros(shape), np.where(whole, 1.0, 0.15))
+    rng = np.random.default_rng(2)
+    whole = rng.permutation(np.arange(np.prod(shape)) < 0.4 * np.prod(shape)).reshape(shape)
+    plan = Plan.from_arrays(
+        identity, np.zeros(shape), np.where(whole, 1.0, rng.uniform(0.02, 0.28, shape) if own else 0.15)
+    )
     plan.save(folder / "half.json")
     assert 0.48 < plan.density(length) < 0.5
     return folder / "half.json", head_groups(plan, length).density
 
 
 def test_pages_are_given_back(run_engine, dense, tmp_path):
-    """One request of 4k tokens: what it holds while it decodes, next to vLLM's dense model."""
-    length = 4096
-    plan, served = half_plan(dense.identity, tmp_path, length)
+    """One request of 4k tokens: what it holds while it decodes, next to vLLM's dense model, and by our arithmetic."""
+    length, most = 4096, {}
     prompts = random_prompts([length - 20])
-    held = {}
-    for name, rules in (("dense", None), ("moa", plan)):
-        result = run_engine([round_of(prompts, 16)], rules, max_model_len=length, max_num_batched_tokens=256)
+    plans = {"dense": None}
+    for name, own in (("one span", False), ("spans of their own", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        plans[name], most[name] = half_plan(dense.identity, folder, length, own)
+    assert most["one span"] < 0.5 < most["spans of their own"], "the second is rounded up"
+    held, bytes_of = {}, {}
+    for name, file in plans.items():
+        result = run_engine([round_of(prompts, 16)], file, max_model_len=length, max_num_batched_tokens=256)
         held[name] = result["last_used"] * result["block_bytes"]
         assert result["free_after"] == [result["free_before"]]
-    assert served < 0.5
-    assert held["moa"] / held["dense"] < 0.55
+        groups = head_groups(Plan.dense(dense.identity) if file is None else Plan.load(file), length)
+        bytes_of[name] = request_pages(groups, 32) * page_bytes(groups, 32, 4)
+        if file is not None:
+            assert result["concurrency"] == result["blocks"] / request_pages(groups, 32, result["in_flight"])
+    assert held["one span"] < 0.55 * held["dense"]
+    assert held["spans of their own"] < 0.60 * held["dense"]
+    for name, bytes_held in held.items():
+        assert 0.95 * bytes_of[name] < bytes_held <= bytes_of[name], name
 
 
 def test_the_same_memory_holds_more_requests(run_engine, dense, tmp_path):

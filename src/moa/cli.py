@@ -81,7 +81,7 @@ Refine = Annotated[
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
-DEFAULT_MIXTURE = "retrieval=1,text=1,summary=0.25"
+DEFAULT_MIXTURE = "retrieval=1,text=0.5,summary=0.25"
 
 
 def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -144,7 +144,7 @@ def search(
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
-    validation_items: ValidationItems = 8,
+    validation_items: ValidationItems = 12,
     estimator: Estimate = EstimatorName.joint,
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
@@ -186,7 +186,7 @@ def calibrate(
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
-    validation_items: ValidationItems = 8,
+    validation_items: ValidationItems = 12,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
@@ -566,6 +566,48 @@ def serve(
     os.execv(command[0], command)  # vLLM takes over the process, its signals and its exit code
 
 
+@app.command()
+def size(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, Hub name, .gguf file or demo; or leave it out and give --shape.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="llama-7b, llama-13b, llama3-8b, llama3-70b or qwen2.5-7b.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
+    density: Annotated[str, typer.Option(help="Without a --plan: densities of typical plans.")] = "0.5",
+    lengths: Annotated[str, typer.Option(help="Tokens of every sequence.")] = "32768",
+    gpus: Annotated[str, typer.Option(help="Tensor-parallel sizes.")] = "1",
+    memory: Annotated[float, typer.Option(min=1, help="GB of each GPU.")] = 80,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+) -> None:
+    """How many sequences fit on GPUs when vLLM serves a plan, by arithmetic, next to the dense model."""
+    from moa.benchmark.shapes import SHAPES, weight_bytes
+    from moa.benchmark.throughput import typical_plan
+    from moa.models import load_config
+    from moa.plan import ModelIdentity, Plan
+    from moa.serving.sizing import sizes, to_json, to_markdown
+
+    if (model is None) == (shape is None):
+        raise InputError("give a model or a --shape, one of the two")
+    if shape is not None and shape not in SHAPES:
+        raise InputError(f"unknown --shape {shape!r}; expected one of {', '.join(SHAPES)}")
+    config = load_config(str(model)) if shape is None else SHAPES[shape]
+    identity = ModelIdentity.of(config)
+    plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
+    for rules in plans.values():
+        rules.check_fits(identity)
+    if not plans:
+        plans = {f"MoA {100 * each:g} %": typical_plan(identity, each) for each in _densities(density)}
+    weights = weight_bytes(config)
+    rows = [
+        row
+        for ranks in _numbers(gpus, "--gpus") or ()
+        for length in _numbers(lengths, "--lengths") or ()
+        for row in sizes(shape or str(model), identity, weights, plans, length, ranks, 1e9 * memory, block_size)
+    ]
+    _bench(json, to_markdown, lambda known, keep: to_json(rows, 1e9 * memory, block_size))
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed next to what people would otherwise use.")
 app.add_typer(bench_app, name="bench")
 
@@ -603,7 +645,7 @@ def bench_throughput(
         str | None, typer.Argument(help="Folder, Hub name, .gguf file or demo; or leave it out and give --shape.")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="llama-7b, llama-13b, llama3-8b or qwen2.5-7b, with random weights.")
+        str | None, typer.Option(help="llama-7b, llama-13b, llama3-8b, llama3-70b or qwen2.5-7b, with random weights.")
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
     density: Annotated[str, typer.Option(help="Without a --plan: densities of typical plans.")] = "0.5",

@@ -25,7 +25,8 @@ def loaded():
 
 
 @pytest.mark.parametrize(
-    ("shape", "billions"), [("llama-7b", 6.74), ("llama-13b", 13.02), ("llama3-8b", 8.03), ("qwen2.5-7b", 7.62)]
+    ("shape", "billions"),
+    [("llama-7b", 6.74), ("llama-13b", 13.02), ("llama3-8b", 8.03), ("llama3-70b", 70.55), ("qwen2.5-7b", 7.62)],
 )
 def test_shapes_have_the_sizes_of_their_models(shape, billions):
     loaded = random_model(shape, torch.device("meta"))

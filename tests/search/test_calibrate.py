@@ -20,13 +20,14 @@ from moa.search.calibrate import (
     CalibrateConfig,
     calibrate,
 )
-from moa.search.facts import FACTS, PLACES
+from moa.search.facts import FACTS
 from moa.search.items import CalibrationSet
 from moa.search.retrieval import evenly
 from moa.search.text import default_text
 from tiny_models import tiny_model
 
 TEXT = default_text().text[:60_000]
+WORDS = {value for kind in FACTS if not isinstance(kind.values, int) for value in kind.values}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,10 @@ def assert_same(first, second):
 
 
 def value_of(answer):
-    """The number in an answer, or the place."""
-    numbers = "".join(char if char.isdigit() else " " for char in answer).split()
-    return max(numbers, key=len) if numbers else next(place for place in PLACES if place in answer)
+    """The word in an answer that is a value, or the number."""
+    words = [word for word in WORDS if re.search(rf"\b{word}\b", answer)]
+    numbers = re.findall(r"(?<!-)\b\d+\b", answer)
+    return max(words or numbers, key=len)
 
 
 def answers_of(item):
@@ -91,16 +93,18 @@ def test_summaries_are_the_models_own_greedy_tokens(demo_model, real_items):
 
 def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
     """Refining measures on the first few items only."""
-    config = CalibrateConfig((512,), items=2 * len(FACTS), sources=(RETRIEVAL,))
+    config = CalibrateConfig((512,), items=len(FACTS), sources=(RETRIEVAL,))
     prompts = [
         random_model.tokenizer.decode(item.input_ids)
         for item in calibrate(random_model, TEXT, config).items[512, RETRIEVAL]
     ]
-    for first in (prompts[: len(FACTS)], prompts[len(FACTS) :]):
+    turn = len(FACTS) // 2  # two kinds a text
+    for first in (prompts[:turn], prompts[turn:]):
         kinds = [
             sum(any(kind.question.format(key=key) in prompt for key in kind.keys) for prompt in first) for kind in FACTS
         ]
-        assert kinds == [1] * len(FACTS)
+        assert max(kinds) == 1
+        assert sum(kinds) >= len(FACTS) - np.ceil(turn / 4), "a text in four has one fact only"
     for count in (2, 4, 8, 16):
         places = sorted(evenly(index) for index in range(count))
         assert np.allclose(np.diff(places), 1 / count)
@@ -109,8 +113,9 @@ def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
 def test_facts_share_no_word_with_the_names_of_the_evaluation():
     hidden = {word for name in tasks._all_names() for word in name.lower().split("-")}
     assert len(hidden) > 100
+    assert len(FACTS) % 2 == 0, "else a text could have a kind twice"
     for kind in FACTS:
-        names = [*kind.keys, *(kind.values if isinstance(kind.values, tuple) else ())]
+        names = [*kind.keys, *(() if isinstance(kind.values, int) else kind.values)]
         assert len(names) == len(set(names))
         words = {word for name in names for word in re.split(r"\W|_", name.lower())}
         assert not words & hidden, kind.statement
@@ -127,7 +132,7 @@ def test_facts_are_found_in_the_text_by_the_model_itself(demo_model):
         for answer in answers_of(item):
             value = value_of(decode(answer))
             assert prompt.count(value) == 1
-            assert len(value) != 5, "five digits are what the evaluation hides"
+            assert not re.fullmatch(r"\d{5}", value), "five digits are what the evaluation hides"
             asked.append(answer)
         with torch.no_grad():
             logits = demo_model.model(torch.from_numpy(item.input_ids)[None]).logits[0]
@@ -160,7 +165,7 @@ def test_a_conversation_is_the_chat_templates(random_model):
 def test_of_an_answer_only_the_value_carries_loss(random_model):
     """Of summaries and text, every token."""
     decode = random_model.tokenizer.decode
-    config = CalibrateConfig((2048,), items=2 * len(FACTS), sources=SOURCES)
+    config = CalibrateConfig((2048,), items=len(FACTS), sources=SOURCES)
     items = calibrate(replace(random_model, context_length=2048), TEXT, config).items
     spelled = []
     for item in items[2048, RETRIEVAL]:
@@ -170,7 +175,7 @@ def test_of_an_answer_only_the_value_carries_loss(random_model):
             assert decode(tokens).strip() == value_of(decode(answer))
             spelled.append(decode(tokens).strip())
     assert any(value.isdigit() for value in spelled)
-    assert any(value in PLACES for value in spelled)
+    assert any(value in WORDS for value in spelled)
     for source in set(SOURCES) - {RETRIEVAL}:
         assert all(np.array_equal(item.loss, item.answer) for item in items[2048, source])
 

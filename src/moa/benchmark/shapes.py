@@ -26,6 +26,16 @@ SHAPES: dict[str, PretrainedConfig] = {
         max_position_embeddings=_CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     ),
+    "llama3-70b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=_CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
     "qwen2.5-7b": Qwen2Config(
         vocab_size=152064,
         hidden_size=3584,
@@ -37,6 +47,13 @@ SHAPES: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
     ),
 }
+
+
+def weight_bytes(config: PretrainedConfig, element: int = 2) -> int:
+    """Bytes of the weights of a model with this config, at ``element`` bytes each."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return element * sum(weights.numel() for weights in model.parameters())
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:

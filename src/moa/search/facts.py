@@ -1,5 +1,6 @@
 """What calibration hides in real text: kinds of facts, and the questions about them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -7,15 +8,15 @@ class Fact(NamedTuple):
     """A kind of fact. Wordings and lengths of numbers differ from those of `moa.evaluation.tasks`, on purpose.
 
     Kinds differ in what a model has to look for: names that stand nowhere else and everyday words, before the value or
-    after it, names of one word, of two words that others share, and codes, and values of digits and of words. Heads
-    that only some of these need are missed by calibrating on others.
+    after it, names of one word, of two words that others share, and codes, values of digits and of words, and lines of
+    prose, lists and tables. Heads that only some of these need are missed by calibrating on others.
     """
 
     statement: str
     question: str
     answer: str
-    keys: tuple[str, ...]
-    values: int | tuple[str, ...]  # digits, or words
+    keys: Sequence[str]
+    values: int | Sequence[str]  # digits, or words
 
 
 _CITIES = tuple(
@@ -49,8 +50,30 @@ _PARCELS = tuple(
     f"{first}{second}-{number}"
     for first, second, number in zip("BCDFGHJKLMNPQRST", "XWVZXKQPHJDRMTFG", range(118, 1000, 57), strict=False)
 )
+_DAYS = tuple(f"{day} {month}" for day in (2, 9, 17, 28) for month in "January March May July October".split())
+_FOODS = "flour,butter,rye,oats,brown sugar,almonds,raisins,cocoa,semolina,rice,lentils,chickpeas".split(",")
+_WARES = (
+    "hiking boots,rain coats,wool socks,tea towels,desk lamps,picture frames,garlic presses,bicycle pumps,bath mats,"
+    "coffee mugs"
+).split(",")
+_COUNTRIES = "Chile Denmark Egypt Finland Ghana Hungary India Jordan Kenya Laos Malta Nepal Oman Peru Qatar".split()
+_OFFICES = "accounts,travel,housing,security,press,export,training,repairs,insurance,catering".split(",")
+_TRAINS = tuple(f"{kind}-{number}" for kind in ("EC", "RB", "NX") for number in range(21, 99, 13))
+_PICTURES = tuple(
+    f"{size} {scene}"
+    for size in "small large round square".split()
+    for scene in "lighthouse orchestra winter bridge market skater".split()
+)
+_COLORS = "red blue green yellow purple orange white black pink gray".split()
+_SHIPS = (
+    "Morning Star,Silver Queen,Northern Pride,Blue Marlin,Old Captain,Lucky Penny,White Heron,Sea Fox,Far Horizon"
+).split(",")
+_VOUCHERS = tuple(
+    f"{first}{second}{number}"
+    for first, second, number in zip("KMPRTVXZBDFH", "QJWYGNLSCAEU", range(23, 1000, 81), strict=False)
+)
 _GOODS = tuple(f"{city} {machine}" for city in _CITIES for machine in _MACHINES)
-PLACES = tuple(
+_PLACES = tuple(
     "kitchen drawer,tool shed,green suitcase,piano bench,upper shelf,laundry room,wine cellar,old wardrobe,glove box,"
     "bottom cupboard".split(",")
 )
@@ -112,6 +135,78 @@ FACTS = (
         "Where did {key} leave the keys?",
         "{key} left the keys in the {value}.",
         _PEOPLE,
-        PLACES,
+        _PLACES,
+    ),
+    Fact(
+        "On {key} the station counted {value} visitors.",
+        "How many visitors did the station count on {key}?",
+        "On {key} the station counted {value} visitors.",
+        _DAYS,
+        4,
+    ),
+    Fact(
+        "{value} grams of {key} go into the dough.",
+        "How many grams of {key} go into the dough?",
+        "The dough takes {value} grams of {key}.",
+        _FOODS,
+        4,
+    ),
+    Fact(
+        "In the end {key} still owed the bank {value} crowns.",
+        "How many crowns did {key} owe the bank?",
+        "{key} owed the bank {value} crowns.",
+        _PEOPLE,
+        6,
+    ),
+    Fact("* {key}: {value} in stock", "How many {key} are in stock?", "There are {value} {key} in stock.", _WARES, 4),
+    Fact("| {key} | {value} |", "Which number stands beside {key}?", "{value} stands beside {key}.", _COUNTRIES, 7),
+    Fact(
+        "Member {value} of the library is {key}.",
+        "Which member of the library is {key}?",
+        "{key} is member {value} of the library.",
+        _PEOPLE,
+        6,
+    ),
+    Fact(
+        "For the {key} office, dial {value}.",
+        "Which number do you dial for the {key} office?",
+        "For the {key} office you dial {value}.",
+        _OFFICES,
+        4,
+    ),
+    Fact(
+        "Train {key} carried {value} passengers last month.",
+        "How many passengers did train {key} carry last month?",
+        "Train {key} carried {value} passengers.",
+        _TRAINS,
+        6,
+    ),
+    Fact(
+        "The picture of the {key} is insured for {value} dollars.",
+        "For how many dollars is the picture of the {key} insured?",
+        "The picture of the {key} is insured for {value} dollars.",
+        _PICTURES,
+        7,
+    ),
+    Fact(
+        '"My favorite color is {value}," said {key}.',
+        "What is the favorite color of {key}?",
+        "The favorite color of {key} is {value}.",
+        _PEOPLE,
+        _COLORS,
+    ),
+    Fact(
+        "The ship that came from {key} was called {value}.",
+        "What was the ship from {key} called?",
+        "The ship from {key} was called {value}.",
+        _CITIES,
+        _SHIPS,
+    ),
+    Fact(
+        "The voucher of {key} reads {value}.",
+        "What does the voucher of {key} read?",
+        "The voucher of {key} reads {value}.",
+        _PEOPLE,
+        _VOUCHERS,
     ),
 )

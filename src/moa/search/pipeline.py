@@ -37,7 +37,7 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
-DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 1.0, "summary": 0.25}
+DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 0.5, "summary": 0.25}
 _EVALUATIONS, _HEAD_EVALUATIONS = 1000, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
@@ -62,7 +62,7 @@ class DataConfig:
     lengths: tuple[int, ...] | None = None
     validation_length: int | None = None
     items: int = 24
-    validation_items: int = 8
+    validation_items: int = 12
     weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     seed: int = 0
 

@@ -1,14 +1,14 @@
 """Retrieval items: conversations about facts hidden in real text, with the answers of the dense model itself.
 
-One text serves several questions: reading it is what costs, so measuring four answers costs little more than one. And
-the facts that are not asked for are what a model may take for the one that is. A head that helps to find *a* fact is
-not yet one that helps to find *the* fact; texts with one fact, and texts with eight of a kind, tell the two apart.
+One text serves several questions: reading it is what costs, so measuring eight answers costs little more than one. And
+the other facts are what a model may take for the one that is asked for. A head that helps to find *a* fact is not yet
+one that helps to find *the* fact; texts with one fact, and texts with several of a kind, tell the two apart.
 
 Only the tokens of the value that was asked for carry loss. The other words of an answer repeat the question; a model
 says them right without having found anything, and whether it says them in the dense model's way tells nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ _TRIES = 4
 # Facts in a text, each number as often as the others; in shorter texts fewer, so that most of a text is text.
 _FACTS = (1, 2, 4, 8)
 _TOKENS_A_FACT = 256
+_KINDS = 2  # of facts in a text with several
 _LEAST_TEXT = 32  # fewer tokens make no long-range dependency
 
 
@@ -101,7 +102,7 @@ def retrieval_items(
     done: dict[int, CalibrationItem] = {}
     failed: dict[int, _Conversation] = {}
     tries = _TRIES * count
-    kinds = _in_turn(rng, list(range(len(FACTS))), tries)
+    kinds = _in_turn(rng, list(range(len(FACTS))), _KINDS * tries).reshape(tries, _KINDS)
     facts = _in_turn(rng, list(_FACTS), tries)
     shift = rng.random()
     asked = 0
@@ -113,7 +114,7 @@ def retrieval_items(
                 loaded.tokenizer,
                 stream,
                 length,
-                FACTS[kinds[number]],
+                [FACTS[kind] for kind in kinds[number]],
                 min(facts[number], max(1, length // _TOKENS_A_FACT)),
                 (evenly(number) + shift) % 1,
                 rng,
@@ -160,24 +161,26 @@ def _conversation(
     tokenizer: PreTrainedTokenizerBase,
     stream: TokenStream,
     length: int,
-    kind: Fact,
+    kinds: Sequence[Fact],
     count: int,
     depth: float,
     rng: np.random.Generator,
 ) -> _Conversation:
-    """Facts of a kind in real text, the first at ``depth`` (0 to 1), and questions about all of them."""
-    keys = rng.permutation(kind.keys)[:count].tolist()
-    if isinstance(kind.values, int):
-        values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
-    else:
-        values = rng.permutation(kind.values)[: len(keys)].tolist()
+    """Facts of these kinds in real text, the first at ``depth`` (0 to 1), and questions about all of them."""
+    drawn: list[tuple[Fact, str, str]] = []
+    for number, kind in enumerate(kinds):
+        keys = rng.permutation(kind.keys)[: len(range(number, count, len(kinds)))].tolist()
+        if isinstance(kind.values, int):
+            values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
+        else:
+            values = rng.permutation(kind.values)[: len(keys)].tolist()
+        drawn += [(kind, key, value) for key, value in zip(keys, values, strict=True)]
     facts = [
-        token_ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n")
-        for key, value in zip(keys, values, strict=True)
+        token_ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n") for kind, key, value in drawn
     ]
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turns: list[_Turn] = []
-    for key, value in zip(keys, values, strict=True):
+    for kind, key, value in drawn:
         question = kind.question.format(key=key)
         expected = [*token_ids(tokenizer, kind.answer.format(key=key, value=value)), *ending][:_ANSWER]
         turns.append(_Turn(token_ids(tokenizer, question), value, np.array(expected, np.int64)))
@@ -186,7 +189,7 @@ def _conversation(
     gap, between = token_ids(tokenizer, "\n\n"), np.asarray(chat_turn(tokenizer), np.int64)
     talk = len(gap) + sum(len(turn.question) + len(ask) + _ANSWER + len(between) for turn in turns)
     room = text_room("retrieval", length, len(before) + sum(map(len, facts)) + talk)
-    depths = np.concatenate([[depth], rng.random(len(keys) - 1)])
+    depths = np.concatenate([[depth], rng.random(len(facts) - 1)])
     filler = stream.draw(room + talk, rng)
     pieces, done = [], 0
     for which in np.argsort(depths):
