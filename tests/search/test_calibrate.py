@@ -22,7 +22,7 @@ from moa.search.calibrate import (
 )
 from moa.search.facts import FACTS
 from moa.search.items import CalibrationSet
-from moa.search.retrieval import evenly
+from moa.search.retrieval import _Turn, evenly
 from moa.search.text import default_text
 from tiny_models import tiny_model
 
@@ -178,6 +178,22 @@ def test_of_an_answer_only_the_value_carries_loss(random_model):
     assert any(value in WORDS for value in spelled)
     for source in set(SOURCES) - {RETRIEVAL}:
         assert all(np.array_equal(item.loss, item.answer) for item in items[2048, source])
+
+
+@pytest.mark.parametrize(
+    ("said", "value", "told"),
+    [
+        ("Her preferred color is red.", "red", "red"),
+        ("It weighs 1,234 grams.", "1234", "1,234"),
+        ("It weighs 12345 grams.", "1234", ""),
+        ("I do not know.", "red", ""),
+    ],
+)
+def test_a_value_is_told_by_a_word_of_its_own(random_model, said, value, told):
+    tokenizer = random_model.tokenizer
+    ids = np.array(tokenizer(said, add_special_tokens=False)["input_ids"])
+    turn = _Turn(ids, value, ids)
+    assert tokenizer.decode(ids[turn.told(tokenizer, ids)]).strip() == told
 
 
 def test_every_item_has_exactly_its_length_and_all_items_differ(random_model):

@@ -8,6 +8,7 @@ Only the tokens of the value that was asked for carry loss. The other words of a
 says them right without having found anything, and whether it says them in the dense model's way tells nothing.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,13 +44,13 @@ class _Turn:
     expected: np.ndarray
 
     def told(self, tokenizer: PreTrainedTokenizerBase, answer: np.ndarray) -> np.ndarray:
-        """Which tokens of an answer spell the value, commas aside; all of them where none do: bool [answer tokens]."""
+        """Which tokens of an answer spell the value, as a word of its own and commas aside: bool [answer tokens]."""
         said = [str(tokenizer.decode(answer[:count])).replace(",", "") for count in range(len(answer) + 1)]
-        first = said[-1].find(self.value)
-        if first < 0:
-            return np.ones(len(answer), bool)
+        found = re.search(rf"\b{re.escape(self.value)}\b", said[-1])
+        if found is None:
+            return np.zeros(len(answer), bool)
         ends = np.array([len(text) for text in said])
-        return (ends[1:] > first) & (ends[:-1] < first + len(self.value))
+        return (ends[1:] > found.start()) & (ends[:-1] < found.end())
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class _Conversation:
         lead = self.gap
         for number, answer in sorted(answers.items()):
             turn = self.turns[number]
-            pieces += [(np.concatenate([lead, turn.question, self.ask]), None), (answer, turn.told(tokenizer, answer))]
+            told = turn.told(tokenizer, answer)
+            told |= not told.any()  # an answer cut short
+            pieces += [(np.concatenate([lead, turn.question, self.ask]), None), (answer, told)]
             lead = self.between[1:] if answer[-1] == self.between[0] else self.between
         room = length - len(self.before) - sum(len(tokens) for tokens, _ in pieces)
         pieces = [(self.before, None), (self.text[:room], None), *pieces]
@@ -128,7 +131,7 @@ def retrieval_items(
             right = {
                 index: answer
                 for index, answer in answers.items()
-                if talk.turns[index].value in str(loaded.tokenizer.decode(answer)).replace(",", "")
+                if talk.turns[index].told(loaded.tokenizer, answer).any()
             }
             if right:
                 done[number] = talk.answered(loaded.tokenizer, length, right)

@@ -13,7 +13,7 @@ from moa.plan import ModelIdentity, Plan
 from moa.serving.groups import HeadGroups, head_groups
 
 BLOCK = 16  # tokens of a page, vLLM's default on a GPU
-IN_USE = 0.9  # of a GPU's memory: vLLM's --gpu-memory-utilization
+IN_USE = 0.92  # of a GPU's memory: vLLM's --gpu-memory-utilization
 ACTIVATIONS = 2e9  # bytes that vLLM sets apart on each GPU; assumed, since it measures them at its start
 
 
