@@ -605,7 +605,7 @@ def size(
         for length in _numbers(lengths, "--lengths") or ()
         for row in sizes(shape or str(model), identity, weights, plans, length, ranks, 1e9 * memory, block_size)
     ]
-    _bench(json, to_markdown, lambda known, keep: to_json(rows, 1e9 * memory, block_size))
+    _bench(json, to_markdown, lambda left, keep: to_json(rows, 1e9 * memory, block_size))
 
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed next to what people would otherwise use.")
@@ -622,7 +622,7 @@ def bench_attention(
     from moa.benchmark.attention import to_markdown
     from moa.progress import Progress
 
-    _bench(json, to_markdown, lambda known, keep: measure(Progress(quiet)))
+    _bench(json, to_markdown, lambda left, keep: measure(Progress(quiet)))
 
 
 @bench_app.command("profile")
@@ -636,7 +636,7 @@ def bench_profile(
     from moa.benchmark.profile import to_markdown
     from moa.progress import Progress
 
-    _bench(json, to_markdown, lambda known, keep: measure(items, Progress(quiet)))
+    _bench(json, to_markdown, lambda left, keep: measure(items, Progress(quiet)))
 
 
 @bench_app.command("throughput")
@@ -698,7 +698,8 @@ def bench_throughput(
 
     machine = {"device": device_info([device])}
 
-    def run(known: list[dict[str, Any]], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def run(left: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        known = left["rows"] if left.get("device") == machine["device"] else []
         return machine | measure(
             loaded, plans, dense, wanted, rows, steps, Progress(quiet), known, lambda found: keep(machine | found)
         )
@@ -721,11 +722,11 @@ def _densities(text: str) -> list[float]:
 def _bench(
     json: Path | None,
     to_markdown: Callable[[dict[str, Any]], str],
-    run: Callable[[list[dict[str, Any]], Callable[[dict[str, Any]], None]], dict[str, Any]],
+    run: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]],
 ) -> None:
     """Run a benchmark, print its table, and write both where ``json`` says.
 
-    ``run`` takes the rows that an interrupted call of the same command has left, and what keeps its own.
+    ``run`` takes what an interrupted call of the same command has left (or nothing), and what keeps its own.
     """
     from rich.markdown import Markdown
 
@@ -743,7 +744,7 @@ def _bench(
         if partial:
             write_json(partial, command | found)
 
-    result = command | run(left["rows"] if left.get("command") == command["command"] else [], keep)
+    result = command | run(left if left.get("command") == command["command"] else {}, keep)
     out.print(Markdown(to_markdown(result)))
     if json and partial:
         write_json(json, result)

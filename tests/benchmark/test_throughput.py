@@ -134,8 +134,11 @@ def test_the_command_writes_its_table(tmp_path, demo_model):
     assert not target.with_suffix(".partial.json").exists()
 
 
-def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, monkeypatch):
-    """Rows of another command are not taken."""
+@pytest.mark.parametrize(
+    ("steps", "gpu", "taken"), [("1", "this", True), ("2", "this", False), ("1", "another", False)]
+)
+def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, monkeypatch, steps, gpu, taken):
+    """Rows of another command or another machine are not taken."""
     monkeypatch.chdir(tmp_path)
     numbers = [field.name for field in fields(Row)[2:]]
     row = {"shape": "llama-7b", "method": "dense-static", **dict.fromkeys(numbers, 1)}
@@ -153,13 +156,14 @@ def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, m
     monkeypatch.setattr("moa.benchmark.throughput.bench_throughput", measure)
     monkeypatch.setattr("moa.benchmark.shapes.random_model", lambda *_: loaded)
     codes = []
-    for steps in ("1", "1", "2"):
-        arguments = ["bench", "throughput", "--shape", "llama-7b", "--steps", steps, "--json", "speed.json"]
+    for steps_now, gpu_now in (("1", "this"), (steps, gpu)):
+        monkeypatch.setattr("moa.evaluation.compare.device_info", lambda _, gpu=gpu_now: {"gpu": gpu})
+        arguments = ["bench", "throughput", "--shape", "llama-7b", "--steps", steps_now, "--json", "speed.json"]
         monkeypatch.setattr("sys.argv", ["moa", *arguments])
         with pytest.raises(SystemExit) as end:
             main(arguments)
         codes.append(end.value.code)
         assert (tmp_path / "speed.partial.json").exists() == (len(asked) == 1)
         assert (tmp_path / "speed.json").exists() == (len(asked) > 1)
-    assert [bool(code) for code in codes] == [True, False, False]
-    assert asked == [[], [row], []]
+    assert [bool(code) for code in codes] == [True, False]
+    assert asked == [[], [row] if taken else []]
