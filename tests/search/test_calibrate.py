@@ -20,7 +20,7 @@ from moa.search.calibrate import (
     CalibrateConfig,
     calibrate,
 )
-from moa.search.facts import FACTS
+from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.items import CalibrationSet
 from moa.search.retrieval import _Turn, evenly
 from moa.search.text import default_text
@@ -113,8 +113,9 @@ def test_the_first_questions_are_as_mixed_as_all_of_them(random_model):
 def test_facts_share_no_word_with_the_names_of_the_evaluation():
     hidden = {word for name in tasks._all_names() for word in name.lower().split("-")}
     assert len(hidden) > 100
-    assert len(FACTS) % 2 == 0, "else a text could have a kind twice"
-    for kind in FACTS:
+    for kinds in (FACTS, HELD_OUT_FACTS):
+        assert len(kinds) % 2 == 0, "else a text could have a kind twice"
+    for kind in FACTS + HELD_OUT_FACTS:
         names = [*kind.keys, *(() if isinstance(kind.values, int) else kind.values)]
         assert len(names) == len(set(names))
         words = {word for name in names for word in re.split(r"\W|_", name.lower())}

@@ -11,7 +11,8 @@ from moa.progress import Progress
 from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
-from moa.search.pipeline import BudgetConfig, DataConfig, Run, run_optimize, search
+from moa.search.facts import FACTS, HELD_OUT_FACTS
+from moa.search.pipeline import BudgetConfig, Calibration, DataConfig, Run, run_optimize, search
 from moa.search.profile import Profile
 from moa.search.tables import window_count
 from moa.search.text import TextSource, default_text
@@ -89,6 +90,20 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_plan(finished, dem
     plan = search(demo_model, default_text(), tmp_path, DATA, BUDGET)
     assert plan == finished[1]
     assert len(measured) == 3, "the first item's table was kept"
+
+
+@pytest.mark.slow
+def test_validation_asks_for_other_kinds_of_facts_than_the_search(finished, demo_model):
+    def asked(items, kinds):
+        members = [item for members in items.items.values() for item in members]
+        texts = [demo_model.tokenizer.decode(item.input_ids) for item in members]
+        questions = [kind.question.format(key=key) for kind in kinds for key in kind.keys]
+        return [question for question in questions if any(question in text for text in texts)]
+
+    calibration = Calibration.load(finished[0] / "calibrate")
+    assert asked(calibration.profile, FACTS)
+    assert asked(calibration.validation, HELD_OUT_FACTS)
+    assert not asked(calibration.profile, HELD_OUT_FACTS) + asked(calibration.validation, FACTS)
 
 
 def test_budgets_that_cannot_be_met_are_refused_before_any_work(demo_model, tmp_path, ran):

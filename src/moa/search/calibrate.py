@@ -14,6 +14,7 @@ from moa.errors import InputError
 from moa.models import LoadedModel, chat_frame
 from moa.progress import SILENT, Progress
 from moa.search.answers import greedy_answers
+from moa.search.facts import FACTS, Fact
 from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.retrieval import retrieval_items, text_room
 from moa.search.text import TokenStream, token_ids
@@ -45,6 +46,8 @@ class CalibrateConfig:
         Length of the summaries, at most a quarter of the item.
     seed : int
         Same seed, text and model: same items.
+    facts : tuple of Fact
+        Kinds of facts that retrieval asks for, an even number.
     """
 
     lengths: tuple[int, ...]
@@ -52,6 +55,7 @@ class CalibrateConfig:
     sources: tuple[str, ...] = (RETRIEVAL, TEXT)
     answer_tokens: int = 64
     seed: int = 0
+    facts: tuple[Fact, ...] = FACTS
 
 
 def calibrate(loaded: LoadedModel, text: str, config: CalibrateConfig, progress: Progress = SILENT) -> CalibrationSet:
@@ -77,7 +81,9 @@ def calibrate(loaded: LoadedModel, text: str, config: CalibrateConfig, progress:
     stream = TokenStream.of(loaded.tokenizer, text)
     _check(loaded, stream, config)
     makers = {
-        RETRIEVAL: lambda length, rng: retrieval_items(loaded, stream, length, config.items, rng, progress),
+        RETRIEVAL: lambda length, rng: retrieval_items(
+            loaded, stream, length, config.facts, config.items, rng, progress
+        ),
         SUMMARY: lambda length, rng: _summaries(loaded, stream, length, config, rng),
         TEXT: lambda length, rng: _texts(loaded, stream, length, config, rng),
     }

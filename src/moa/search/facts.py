@@ -72,6 +72,23 @@ _VOUCHERS = tuple(
     f"{first}{second}{number}"
     for first, second, number in zip("KMPRTVXZBDFH", "QJWYGNLSCAEU", range(23, 1000, 81), strict=False)
 )
+_CABINS = tuple(
+    f"{tree} {place}" for tree in "Birch Cedar Juniper Larch".split() for place in "Creek Hill Lodge Point".split()
+)
+_PARTS = tuple(
+    f"{part}.{setting}"
+    for part in "pump brake hatch winch".split()
+    for setting in "max_speed min_load delay_ms retries".split()
+)
+_ROWS = tuple(str(number) for number in range(113, 1000, 37))
+_CREWS = tuple(f"{mood}-{fish}" for mood in "hungry lucky quick loud".split() for fish in "trout herring pike".split())
+_METALS = "copper,nickel,cobalt,silver,bronze,titanium,platinum,brass,chromium,tungsten,pewter,iridium".split(",")
+_ROUTES = tuple(f"{letter}{number}" for letter in "KLPW" for number in range(11, 60, 9))
+_BOOKS = (
+    "The Long Winter,A Distant House,Nine Bridges,The Last Ferry,Under Glass,The Tin Crown,Salt Roads,The Red Door,"
+    "Cold Harvest,The Paper Moon"
+).split(",")
+_WRITERS = "Abbott Barlow Carver Dalton Ellery Fenwick Garland Holt Ingram Jarvis Kendal Lowell".split()
 _GOODS = tuple(f"{city} {machine}" for city in _CITIES for machine in _MACHINES)
 _PLACES = tuple(
     "kitchen drawer,tool shed,green suitcase,piano bench,upper shelf,laundry room,wine cellar,old wardrobe,glove box,"
@@ -208,5 +225,53 @@ FACTS = (
         "The voucher of {key} reads {value}.",
         _PEOPLE,
         _VOUCHERS,
+    ),
+)
+
+# Kinds that only validation sees: a plan that knows the wordings it was measured on by heart shows here.
+HELD_OUT_FACTS = (
+    Fact(
+        "{key} cabin is rented for {value} francs a week.",
+        "For how many francs a week is {key} cabin rented?",
+        "{key} cabin is rented for {value} francs a week.",
+        _CABINS,
+        4,
+    ),
+    Fact("{key} = {value};", "What is {key} set to?", "{key} is set to {value}.", _PARTS, 6),
+    Fact("[{key}] {value}", "Which number stands in row [{key}]?", "In row [{key}] stands {value}.", _ROWS, 7),
+    Fact(
+        "The {key} crew answers to the password {value}.",
+        "To which password does the {key} crew answer?",
+        "The {key} crew answers to the password {value}.",
+        _CREWS,
+        _METALS,
+    ),
+    Fact(
+        "A ticket for bus {key} has the number {value}.",
+        "Which number has a ticket for bus {key}?",
+        "A ticket for bus {key} has the number {value}.",
+        _ROUTES,
+        6,
+    ),
+    Fact(
+        "{value} is a novel by {key}.",
+        "Which novel is by {key}?",
+        "The novel by {key} is {value}.",
+        _WRITERS,
+        _BOOKS,
+    ),
+    Fact(
+        "In the year of the flood {value} people lived in {key}.",
+        "How many people lived in {key} in the year of the flood?",
+        "In the year of the flood {value} people lived in {key}.",
+        _CITIES,
+        7,
+    ),
+    Fact(
+        "Dear {key}, your reference is {value}.",
+        "What is the reference of {key}?",
+        "The reference of {key} is {value}.",
+        _PEOPLE,
+        8,
     ),
 )

@@ -27,6 +27,7 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
+from moa.search.facts import HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
@@ -207,7 +208,7 @@ class Calibration:
 
 
 def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataConfig) -> tuple[Calibration, str]:
-    """First stage: items for profiling, and held-out items for validation from another part of the text."""
+    """First stage: items for profiling, and items for validation: other text, other kinds of facts."""
     data = data.resolved(loaded.context_length)
     lengths = data.lengths or ()
     validation_lengths = (*lengths, data.validation_length or 0)
@@ -224,7 +225,9 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
         for_profile, held_out = split_text(text.text, (1 - _HELD_OUT, _HELD_OUT))
         sources = tuple(sorted(data.weights))
         settings = CalibrateConfig(lengths, data.items, sources, seed=data.seed)
-        again = CalibrateConfig(validation_lengths, data.validation_items, sources, seed=data.seed + 1)
+        again = CalibrateConfig(
+            validation_lengths, data.validation_items, sources, seed=data.seed + 1, facts=HELD_OUT_FACTS
+        )
         result = Calibration(
             calibrate(loaded, for_profile, settings, run.progress), calibrate(loaded, held_out, again, run.progress)
         )

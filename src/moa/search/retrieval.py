@@ -19,7 +19,7 @@ from moa.errors import InputError
 from moa.models import LoadedModel, chat_frame, chat_turn
 from moa.progress import Progress
 from moa.search.answers import greedy_answers
-from moa.search.facts import FACTS, Fact
+from moa.search.facts import Fact
 from moa.search.items import CalibrationItem
 from moa.search.text import TokenStream, token_ids
 
@@ -96,17 +96,23 @@ class _Conversation:
 
 
 def retrieval_items(
-    loaded: LoadedModel, stream: TokenStream, length: int, count: int, rng: np.random.Generator, progress: Progress
+    loaded: LoadedModel,
+    stream: TokenStream,
+    length: int,
+    facts: Sequence[Fact],
+    count: int,
+    rng: np.random.Generator,
+    progress: Progress,
 ) -> list[CalibrationItem]:
-    """Conversations of ``length`` tokens in which the model answers right.
+    """Conversations of ``length`` tokens about these kinds of facts, in which the model answers right.
 
     The first few are as mixed as all of them: kinds take turns, and depths are spread evenly whatever the number.
     """
     done: dict[int, CalibrationItem] = {}
     failed: dict[int, _Conversation] = {}
     tries = _TRIES * count
-    kinds = _in_turn(rng, list(range(len(FACTS))), _KINDS * tries).reshape(tries, _KINDS)
-    facts = _in_turn(rng, list(_FACTS), tries)
+    kinds = _in_turn(rng, list(range(len(facts))), _KINDS * tries).reshape(tries, _KINDS)
+    hidden = _in_turn(rng, list(_FACTS), tries)
     shift = rng.random()
     asked = 0
     while len(done) < count and asked < tries:
@@ -117,8 +123,8 @@ def retrieval_items(
                 loaded.tokenizer,
                 stream,
                 length,
-                [FACTS[kind] for kind in kinds[number]],
-                min(facts[number], max(1, length // _TOKENS_A_FACT)),
+                [facts[kind] for kind in kinds[number]],
+                min(hidden[number], max(1, length // _TOKENS_A_FACT)),
                 (evenly(number) + shift) % 1,
                 rng,
             )
