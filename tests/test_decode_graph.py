@@ -1,7 +1,9 @@
 """Replayed decode steps are the model's own steps; on a machine without a GPU a stand-in records them."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -251,3 +253,18 @@ def test_a_recording_that_breaks_leaves_the_gpu_as_it_was(model, recorder, monke
         generate(model, ids, do_sample=True)
     assert tokens.tolist() == without_graphs(model, plan, ids).tolist()
     assert recorder["replayed"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_compiled_steps_are_the_models_own(model, recorder, guard):
+    plan, ids = random_plan(model), random_ids(2, 150).to(DEVICE)
+    with guard(), moa.apply(model, plan, backend="triton", compile=True) as applied:
+        tokens = generate(model, ids)
+        storage = [weakref.ref(store) for store in applied._graphs._recording.stores]
+        again = generate(model, random_ids(2, 150, seed=1).to(DEVICE))
+    assert tokens.tolist() == without_graphs(model, plan, ids).tolist()
+    assert again.tolist() == without_graphs(model, plan, random_ids(2, 150, seed=1).to(DEVICE)).tolist()
+    assert recorder == {"recorded": 1, "replayed": 2 * NEW - 3}, "compiled once"
+    gc.collect()
+    assert not any(reference() for reference in storage), "what was compiled holds no storage"

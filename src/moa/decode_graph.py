@@ -5,6 +5,9 @@ them. Under a plan all of a step's counts lie on the device, so one recording se
 storage changes. A new cache for sequences of the same lengths takes over the storage of one that nobody holds any
 more, and the recording with it.
 
+Compiled first, if asked for, a step runs the model's small operations fused. It is traced as it runs, once: what Python
+decides is decided then, as in a recording, and no code of a model or of ours has to suit a compiler.
+
 What is not a plain step of one real token in every row runs as it always does: prompts, chunks, padding, steps that
 ask for hidden states, and models that cannot be recorded (the log says why).
 """
@@ -20,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -50,10 +54,12 @@ class DecodeGraphs:
     model : PreTrainedModel
     forward : callable
         The model's own forward.
+    compiles : bool
+        Whether steps are compiled before they are recorded.
     """
 
-    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any]):
-        self._model, self._forward = model, forward
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], compiles: bool = False):
+        self._model, self._forward, self._compiles = model, forward, compiles
         self.__signature__ = inspect.signature(forward)  # generate reads it
         self._recording: _Recording | None = None
         self._able = {"input_ids", "position_ids"} <= self.__signature__.parameters.keys()
@@ -75,7 +81,7 @@ class DecodeGraphs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeGraphs":
         """For a copy of the model; recordings stay behind."""
-        return DecodeGraphs(copy.deepcopy(self._model, memo), copy.deepcopy(self._forward, memo))
+        return DecodeGraphs(copy.deepcopy(self._model, memo), copy.deepcopy(self._forward, memo), self._compiles)
 
     def new_cache(self, plan: Plan, lengths: Any, rows: int) -> SpanCache:
         """A cache for ``rows`` sequences of ``lengths`` tokens (a number, or int64 [rows]).
@@ -120,17 +126,16 @@ class DecodeGraphs:
     def _record(self, step: _Step) -> "_Recording | None":
         """Record the step, which has not run then; None if the model does not let itself be recorded."""
         reason = _against(self._model)
-        counts = step.cache.counts()
         recording = None
         if reason is None:
             try:
-                recording = _Recording(self._model, self._forward, step)
+                with _unchanged(step.cache):
+                    forward = _compiled(self._forward, step) if self._compiles else self._forward
+                    recording = _Recording(self._model, forward, step)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 reason = f"{type(error).__name__}: {error}"
-            finally:
-                step.cache.set_counts(counts)
         if reason is not None:
             self._able = False
             _LOG.warning("decode steps are not recorded as CUDA graphs and will be slower: %s", reason)
@@ -174,6 +179,40 @@ class _Recording:
         self._positions.copy_(step.positions)
         self._run()
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+
+
+@contextmanager
+def _unchanged(cache: SpanCache) -> Iterator[None]:
+    """Steps inside count nothing. The slots that they write are those that the next step writes."""
+    counts = cache.counts()
+    written = [store.on_device.written.clone() for store in cache.stores()]
+    try:
+        yield
+    finally:
+        cache.set_counts(counts)
+        for store, before in zip(cache.stores(), written, strict=True):
+            store.on_device.written.copy_(before)
+
+
+def _compiled(forward: Callable[..., Any], step: _Step) -> Callable[..., CausalLMOutputWithPast]:
+    """A decode step on the storage of this one; called like ``forward``, it counts on the device only."""
+
+    def logits(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = forward(
+            input_ids=ids, position_ids=positions, past_key_values=step.cache, use_cache=True
+        ).logits
+        return found
+
+    with _unchanged(step.cache):
+        traced = make_fx(logits)(step.ids, step.positions)
+    compiled = torch.compile(traced, dynamic=False)
+    with _unchanged(step.cache):
+        compiled(step.ids, step.positions)
+
+    def run(input_ids: torch.Tensor, position_ids: torch.Tensor, **others: Any) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=compiled(input_ids, position_ids))
+
+    return run
 
 
 def _capture(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[torch.Tensor, Callable[[], None]]:

@@ -47,8 +47,8 @@ _IN_FORCE: "weakref.WeakKeyDictionary[torch.nn.Module, _InForce]" = weakref.Weak
 class AppliedPlan:
     """A plan in force on a model; ends with `remove` or with the ``with`` block it opens."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, backend: str | None):
-        self.model, self.plan, self.backend = model, plan, backend
+    def __init__(self, model: PreTrainedModel, plan: Plan, backend: str | None, compiles: bool):
+        self.model, self.plan, self.backend, self._compiles = model, plan, backend, compiles
         self._previous: str | dict[str, str] | None = None
         self._own_forward = model.__dict__.get("forward")  # where another library has set one on the object
 
@@ -89,7 +89,7 @@ class AppliedPlan:
                 _IN_FORCE[module] = _InForce(self.plan, self.backend)
         # on the object alone; nn.Module's types only know tensors and modules
         object.__setattr__(self.model, "_prepare_cache_for_generation", self._prepare_cache)
-        self._graphs = DecodeGraphs(self.model, self.model.forward)
+        self._graphs = DecodeGraphs(self.model, self.model.forward, self._compiles)
         object.__setattr__(self.model, "forward", self._graphs)
 
     def _prepare_cache(
@@ -130,7 +130,7 @@ class AppliedPlan:
             raise CacheError(f"under a plan past_key_values must be a SpanCache, not {type(cache).__name__}")
 
 
-def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None) -> AppliedPlan:
+def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None, *, compile: bool = False) -> AppliedPlan:
     """Make ``model`` attend by ``plan``, until the handle's ``remove`` or the end of its ``with`` block.
 
     Parameters
@@ -142,6 +142,9 @@ def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None) -> App
     backend : str, optional
         ``"triton"`` or ``"sdpa"``; without it the environment variable MOA_BACKEND, else our kernels on an NVIDIA GPU
         and PyTorch's operators elsewhere.
+    compile : bool
+        Compile decode steps before they are recorded (`torch.compile`), on a GPU. Each number of rows and length then
+        takes up to a minute at its second step, and long answers, or many of the same lengths, come faster.
 
     Returns
     -------
@@ -164,7 +167,7 @@ def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None) -> App
     plan.check_fits(ModelIdentity.of(model.config))
     if backend is not None:
         backends.check(backend)
-    applied = AppliedPlan(model, plan, backend)
+    applied = AppliedPlan(model, plan, backend, compile)
     applied._put_in_force()
     return applied
 

@@ -5,7 +5,8 @@ the steps to N are timed. A step cannot be faster than reading the weights and t
 bandwidth of a large copy, measured in the same run; the fraction of that is in the table.
 
 On a GPU every method has the memory for itself and may take its largest batch, which is found by trying. Dense models
-with a static cache decode compiled, by transformers' own means; plans replay CUDA graphs (`moa.decode_graph`).
+with a static cache decode compiled, by transformers' own means, and plans decode compiled and recorded
+(`moa.decode_graph`).
 """
 
 import gc
@@ -378,7 +379,7 @@ class Decoder:
         if self.plan is None or self._applied:
             yield
             return
-        with apply(self.loaded.model, self.plan):
+        with apply(self.loaded.model, self.plan, compile=self.loaded.model.device.type == "cuda"):
             self._applied = True
             try:
                 yield

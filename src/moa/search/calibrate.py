@@ -47,7 +47,7 @@ class CalibrateConfig:
     seed : int
         Same seed, text and model: same items.
     facts : tuple of Fact
-        Kinds of facts that retrieval asks for, an even number.
+        Kinds of facts that retrieval asks for in turn.
     """
 
     lengths: tuple[int, ...]

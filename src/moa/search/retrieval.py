@@ -31,7 +31,6 @@ _TRIES = 4
 # Facts in a text, each number as often as the others; in shorter texts fewer, so that most of a text is text.
 _FACTS = (1, 2, 4, 8)
 _TOKENS_A_FACT = 256
-_KINDS = 2  # of facts in a text with several
 _LEAST_TEXT = 32  # fewer tokens make no long-range dependency
 
 
@@ -111,7 +110,7 @@ def retrieval_items(
     done: dict[int, CalibrationItem] = {}
     failed: dict[int, _Conversation] = {}
     tries = _TRIES * count
-    kinds = _in_turn(rng, list(range(len(facts))), _KINDS * tries).reshape(tries, _KINDS)
+    kinds = _in_turn(rng, list(range(len(facts))), tries)
     hidden = _in_turn(rng, list(_FACTS), tries)
     shift = rng.random()
     asked = 0
@@ -123,7 +122,7 @@ def retrieval_items(
                 loaded.tokenizer,
                 stream,
                 length,
-                [facts[kind] for kind in kinds[number]],
+                facts[kinds[number]],
                 min(hidden[number], max(1, length // _TOKENS_A_FACT)),
                 (evenly(number) + shift) % 1,
                 rng,
@@ -170,26 +169,22 @@ def _conversation(
     tokenizer: PreTrainedTokenizerBase,
     stream: TokenStream,
     length: int,
-    kinds: Sequence[Fact],
+    kind: Fact,
     count: int,
     depth: float,
     rng: np.random.Generator,
 ) -> _Conversation:
-    """Facts of these kinds in real text, the first at ``depth`` (0 to 1), and questions about all of them."""
-    drawn: list[tuple[Fact, str, str]] = []
-    for number, kind in enumerate(kinds):
-        keys = rng.permutation(kind.keys)[: len(range(number, count, len(kinds)))].tolist()
-        if isinstance(kind.values, int):
-            values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
-        else:
-            values = rng.permutation(kind.values)[: len(keys)].tolist()
-        drawn += [(kind, key, value) for key, value in zip(keys, values, strict=True)]
-    facts = [
-        token_ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n") for kind, key, value in drawn
-    ]
+    """Facts of a kind in real text, the first at ``depth`` (0 to 1), and questions about all of them."""
+    keys = rng.permutation(kind.keys)[:count].tolist()
+    if isinstance(kind.values, int):
+        values = [str(rng.integers(10 ** (kind.values - 1), 10**kind.values)) for _ in keys]
+    else:
+        values = rng.permutation(kind.values)[: len(keys)].tolist()
+    drawn = list(zip(keys, values, strict=True))
+    facts = [token_ids(tokenizer, f"\n\n{kind.statement.format(key=key, value=value)}\n\n") for key, value in drawn]
     ending = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     turns: list[_Turn] = []
-    for kind, key, value in drawn:
+    for key, value in drawn:
         question = kind.question.format(key=key)
         expected = [*token_ids(tokenizer, kind.answer.format(key=key, value=value)), *ending][:_ANSWER]
         turns.append(_Turn(token_ids(tokenizer, question), value, np.array(expected, np.int64)))
