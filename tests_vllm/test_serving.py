@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import LENGTH
 from engine import random_prompts
 
 from moa.plan import Plan
@@ -73,6 +74,10 @@ def test_preempted_requests_say_the_same(run_engine, plan_file, expected):
 
 
 def test_three_ranks(run_engine, plan_file, prompts, expected):
+    """Each gets heads of the same spans, in another order than the model's."""
+    groups = head_groups(Plan.load(plan_file), LENGTH, ranks=3)
+    assert (groups.order != np.arange(3)).any()
+    assert groups.density == pytest.approx(head_groups(Plan.load(plan_file), LENGTH).density, abs=0.01)
     some = prompts[::3]
     result = run_engine([round_of(some)], plan_file, tensor_parallel_size=3, distributed_executor_backend="mp")
     assert result["outputs"] == [expected(some, [NEW] * len(some), ranks=3)]

@@ -585,6 +585,7 @@ def size(
     from moa.benchmark.throughput import typical_plan
     from moa.models import load_config
     from moa.plan import ModelIdentity, Plan
+    from moa.serving.deal import dealable
     from moa.serving.sizing import sizes, to_json, to_markdown
 
     if (model is None) == (shape is None):
@@ -598,12 +599,14 @@ def size(
         rules.check_fits(identity)
     if not plans:
         plans = {f"MoA {100 * each:g} %": typical_plan(identity, each) for each in _densities(density)}
-    weights = weight_bytes(config)
+    weights, deals = weight_bytes(config), dealable(config)
     rows = [
         row
         for ranks in _numbers(gpus, "--gpus") or ()
         for length in _numbers(lengths, "--lengths") or ()
-        for row in sizes(shape or str(model), identity, weights, plans, length, ranks, 1e9 * memory, block_size)
+        for row in sizes(
+            shape or str(model), identity, weights, plans, length, ranks, 1e9 * memory, block_size, deals=deals
+        )
     ]
     _bench(json, to_markdown, lambda left, keep: to_json(rows, 1e9 * memory, block_size))
 

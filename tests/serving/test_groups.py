@@ -25,10 +25,13 @@ def plan_of(layers, kv_heads, seed, sink=4, block=16):
     ranks=st.integers(1, 3),
     seed=st.integers(0, 99),
     most=st.integers(1, 10),
+    deals=st.booleans(),
 )
-def test_every_head_sees_what_the_plan_says_or_more(layers, of_rank, ranks, seed, most):
+def test_every_head_sees_what_the_plan_says_or_more(layers, of_rank, ranks, seed, most, deals):
     plan = plan_of(layers, of_rank * ranks, seed)
-    groups = head_groups(plan, LENGTH, ranks, most)
+    groups = head_groups(plan, LENGTH, ranks, most, deals)
+    assert (np.sort(groups.order, axis=1) == np.arange(of_rank * ranks)).all()
+    assert deals or (groups.order == np.arange(of_rank * ranks)).all()
     served = groups.plan.spans(LENGTH)
     assert (served >= plan.spans(LENGTH)).all()
     assert len(groups.spans) <= most
@@ -38,7 +41,8 @@ def test_every_head_sees_what_the_plan_says_or_more(layers, of_rank, ranks, seed
         mine = np.s_[:, rank * of_rank : (rank + 1) * of_rank]
         places = groups.place[mine]
         assert sorted(places.flat) == list(range(layers * of_rank)), "every place once on each rank"
-        assert (served[mine] == groups.spans[places // groups.size]).all()
+        heads = np.take_along_axis(served, groups.order, 1)[mine]
+        assert (heads == groups.spans[places // groups.size]).all()
     assert groups.size * len(groups.spans) == layers * of_rank, "no padding"
 
 

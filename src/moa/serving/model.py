@@ -1,6 +1,7 @@
 """`MoAForCausalLM`: vLLM's Transformers model, whose attention layers hold one attention for each KV head."""
 
-from functools import partial
+from collections.abc import Iterable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from moa.errors import PlanError, UnsupportedModelError
 from moa.plan import ModelIdentity, Plan
 from moa.serving.attention import SpanBackend
+from moa.serving.deal import dealable, dealt
 from moa.serving.groups import HeadGroups, head_groups
 from moa.serving.pages import SpanSpec
 
@@ -102,8 +104,19 @@ class SpanLayer(torch.nn.Module):
 class MoAForCausalLM(TransformersForCausalLM):
     """Any decoder of plain attention under the plan that its config names (``moa_plan``, a file)."""
 
+    @cached_property
+    def _groups(self) -> HeadGroups:
+        return served_groups(self.vllm_config)
+
     def _get_attn_cls(self) -> Any:
-        return partial(SpanLayer, served_groups(self.vllm_config))
+        return partial(SpanLayer, self._groups)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As vLLM's, with the heads in the order in which they are dealt to the ranks."""
+        if self._groups.ranks > 1:
+            weights = dealt(weights, self._groups.order)
+        found: set[str] = super().load_weights(weights)
+        return found
 
 
 def served_groups(vllm_config: VllmConfig) -> HeadGroups:
@@ -124,7 +137,10 @@ def served_groups(vllm_config: VllmConfig) -> HeadGroups:
     plan = Plan.load(source)
     plan.check_fits(ModelIdentity.of(config))
     length = getattr(config, "moa_length", None) or vllm_config.model_config.max_model_len
-    groups = head_groups(plan, length, vllm_config.parallel_config.tensor_parallel_size)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    # the layout of quantized weights is their own
+    deals = ranks > 1 and vllm_config.quant_config is None and dealable(config)
+    groups = head_groups(plan, length, ranks, deals=deals)
     _LOG.info_once(
         "Plan %s at %d tokens: density %.3f, %.3f as served in %d groups of heads",
         source,

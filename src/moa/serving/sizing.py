@@ -82,6 +82,7 @@ def sizes(
     memory: float,
     block: int = BLOCK,
     element: int = 2,
+    deals: bool = True,
 ) -> list[Size]:
     """Dense and under each plan, at one length.
 
@@ -102,6 +103,8 @@ def sizes(
         Tokens of a page.
     element : int
         Bytes of a key's or value's number.
+    deals : bool
+        As for `head_groups`.
 
     Raises
     ------
@@ -115,7 +118,7 @@ def sizes(
     free = IN_USE * memory * ranks - weight_bytes - ACTIVATIONS * ranks
     rows = []
     for method, plan in {"dense": Plan.dense(identity), **plans}.items():
-        groups = head_groups(plan, length, ranks)
+        groups = head_groups(plan, length, ranks, deals=deals)
         each = request_pages(groups, block) * page_bytes(groups, block, element) * ranks
         rows.append(
             Size(name, method, length, ranks, groups.density, each / 1e9, free / 1e9, max(0, int(free // each)))
