@@ -35,7 +35,7 @@ def plan_file(dense, tmp_path_factory):
     """A plan like those of a search: a third of the heads see all, the others a little, each its own share."""
     rng = np.random.default_rng(1)
     shape = dense.identity.layers, dense.identity.kv_heads
-    beta = np.where(rng.random(shape) < 0.3, 1.0, rng.uniform(0.02, 0.35, shape))
+    beta = np.where(rng.random(shape) < 0.3, 1.0, rng.uniform(0.01, 0.2, shape))
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     Plan.from_arrays(dense.identity, np.zeros(shape), beta).save(file)
     return file

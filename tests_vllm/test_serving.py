@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import LENGTH
 from engine import random_prompts
 
+from conftest import LENGTH
 from moa.plan import Plan
 from moa.serving.groups import head_groups
 from moa.serving.sizing import page_bytes, request_pages

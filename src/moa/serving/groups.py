@@ -15,7 +15,7 @@ from moa.errors import PlanError
 from moa.plan import Plan
 from moa.serving.deal import deal
 
-MOST_GROUPS = 8
+MOST_GROUPS = 16  # more would follow plans more closely; each takes the engine's host some time in every step
 
 
 @dataclass(frozen=True)
