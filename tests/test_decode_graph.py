@@ -1,7 +1,6 @@
 """Replayed decode steps are the model's own steps; on a machine without a GPU a stand-in records them."""
 
 import copy
-import gc
 import logging
 import weakref
 
@@ -266,5 +265,35 @@ def test_compiled_steps_are_the_models_own(model, recorder, guard):
     assert tokens.tolist() == without_graphs(model, plan, ids).tolist()
     assert again.tolist() == without_graphs(model, plan, random_ids(2, 150, seed=1).to(DEVICE)).tolist()
     assert recorder == {"recorded": 1, "replayed": 2 * NEW - 3}, "compiled once"
-    gc.collect()
     assert not any(reference() for reference in storage), "what was compiled holds no storage"
+
+
+@pytest.mark.slow
+def test_a_loop_by_hand_compiles_once(model, recorder):
+    """Slices of the tokens of several rows have other strides than what is recorded."""
+    plan, ids = random_plan(model), random_ids(2, 120 + NEW).to(DEVICE)
+    logits = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        cache = moa.SpanCache(plan, ids.shape[1])
+        with moa.apply(model, plan, backend="triton", compile=compiles), torch.no_grad():
+            model(ids[:, :120], past_key_values=cache)
+            steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(120, 120 + NEW)]
+            logits.append(torch.cat(steps, dim=1))
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-3, rtol=1e-2)
+    assert recorder["replayed"] == 2 * (NEW - 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_step_that_does_not_compile_is_recorded_as_it_is(model, recorder, monkeypatch, caplog):
+    def breaks(forward, step):
+        raise TypeError("no compiler here")
+
+    monkeypatch.setattr(decode_graph, "_compiled", breaks)
+    plan, ids = random_plan(model), random_ids(2, 60).to(DEVICE)
+    with moa.apply(model, plan, backend="triton", compile=True), caplog.at_level(logging.WARNING):
+        tokens = generate(model, ids)
+    assert tokens.tolist() == without_graphs(model, plan, ids).tolist()
+    assert "not compiled: TypeError: no compiler here" in caplog.text
+    assert recorder == {"recorded": 1, "replayed": NEW - 2}

@@ -13,12 +13,13 @@ ask for hidden states, and models that cannot be recorded (the log says why).
 """
 
 import copy
+import gc
 import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,10 @@ class DecodeGraphs:
 
     def forget(self) -> None:
         """Give the recording's memory back."""
-        self._recording = None
+        if self._recording is not None:
+            self._recording = None
+            if self._compiles:
+                gc.collect()  # what was traced holds the storage, and itself
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Step | None:
         """The step, if this is one that can be recorded."""
@@ -128,10 +132,10 @@ class DecodeGraphs:
         reason = _against(self._model)
         recording = None
         if reason is None:
+            step = replace(step, ids=_own(step.ids), positions=_own(step.positions))
             try:
                 with _unchanged(step.cache):
-                    forward = _compiled(self._forward, step) if self._compiles else self._forward
-                    recording = _Recording(self._model, forward, step)
+                    recording = _Recording(self._model, self._to_record(step), step)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -141,9 +145,22 @@ class DecodeGraphs:
             _LOG.warning("decode steps are not recorded as CUDA graphs and will be slower: %s", reason)
         return recording
 
+    def _to_record(self, step: _Step) -> Callable[..., Any]:
+        """What makes the step: compiled, if that is asked for and possible."""
+        if not self._compiles:
+            return self._forward
+        try:
+            return _compiled(self._forward, step)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways
+            self._compiles = False
+            _LOG.warning("decode steps are not compiled: %s: %s", type(error).__name__, error)
+            return self._forward
+
 
 class _Recording:
-    """A step on tensors of its own, as a CUDA graph."""
+    """A step as a CUDA graph on its own tensors, those of ``step``."""
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], step: _Step):
         self.cache = weakref.ref(step.cache)
@@ -152,7 +169,7 @@ class _Recording:
         self._counts: list[DeviceCounts] = [store.on_device for store in self.stores]
         self._addresses = _addresses(model)
         self._weight = next(model.parameters())
-        self._ids, self._positions = step.ids.clone(), step.positions.clone()
+        self._ids, self._positions = step.ids, step.positions
         inputs = {"input_ids": self._ids, "position_ids": self._positions, "past_key_values": step.cache}
         self._logits, self._run = _capture(forward, inputs)
 
@@ -179,6 +196,10 @@ class _Recording:
         self._positions.copy_(step.positions)
         self._run()
         return CausalLMOutputWithPast(logits=self._logits.clone(), past_key_values=step.cache)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

@@ -143,8 +143,9 @@ def apply(model: PreTrainedModel, plan: Plan, backend: str | None = None, *, com
         ``"triton"`` or ``"sdpa"``; without it the environment variable MOA_BACKEND, else our kernels on an NVIDIA GPU
         and PyTorch's operators elsewhere.
     compile : bool
-        Compile decode steps before they are recorded (`torch.compile`), on a GPU. Each number of rows and length then
-        takes up to a minute at its second step, and long answers, or many of the same lengths, come faster.
+        Compile decode steps before they are recorded (`torch.compile`), where they are: on a GPU. That fuses the small
+        operations between products. Each recording then takes as long as compiling the model: whenever rows or lengths
+        differ from the last call's, and at every turn of a conversation that grows.
 
     Returns
     -------

@@ -55,7 +55,23 @@ def test_the_model_with_dealt_weights_says_the_same(kind):
     assert torch.equal(torch.unflatten(moved["model.layers.1.self_attn.k_proj.weight"], 0, (4, -1)), keys[order[1]])
 
 
-@pytest.mark.parametrize("kind", ["phi3", "olmo2", "gpt_oss"])
-def test_models_with_other_weights_of_heads_are_not_dealt(kind):
-    """Projections in one, norms over all heads, a logit for each head."""
-    assert not dealable(tiny_model(kind).config)
+@pytest.mark.parametrize(("kind", "heads"), [("phi3", 4), ("olmo2", 4), ("gpt_oss", 4), ("gpt_oss", 16)])
+def test_models_with_other_weights_of_heads_are_not_dealt(kind, heads):
+    """Projections in one, norms over all heads, a logit for each head (also where a head has as many dimensions)."""
+    assert not dealable(tiny_model(kind, num_attention_heads=heads).config)
+
+
+def test_weights_of_no_head_of_the_plan_are_left_alone():
+    order = np.array([[1, 0]])
+    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight", "7"]
+    for name in names:
+        ((found, tensor),) = dealt([(name, torch.arange(6))], order)
+        assert found == name
+        assert tensor.tolist() == list(range(6))
+
+
+def test_nothing_is_dealt_to_one_rank_or_where_heads_must_stay():
+    plan = Plan.load(PLANS / "search_qwen2.5_0.5b/25/plan.json")
+    assert head_groups(plan, 4096, 2).dealt
+    assert not head_groups(plan, 4096, 1).dealt
+    assert not head_groups(plan, 4096, 2, deals=False).dealt

@@ -256,9 +256,12 @@ def decode_in_turn(
 
     ``energy`` counts all rounds but the first.
     """
-    decoders = [Decoder(loaded, name, plan, length, batch, length - ROUNDS * steps) for name, plan in methods.items()]
+    alone = len(methods) == 1
+    compiles = alone and loaded.model.device.type == "cuda"  # several would compile anew whenever they take turns
+    prompt = length - ROUNDS * steps
+    decoders = [Decoder(loaded, name, plan, length, batch, prompt, compiles) for name, plan in methods.items()]
     rounds = []
-    with decoders[0].in_force() if len(decoders) == 1 else nullcontext():  # one alone keeps what it recorded
+    with decoders[0].in_force() if alone else nullcontext():  # one alone keeps what it recorded
         for index in range(ROUNDS):
             if energy is not None and index == 1:
                 energy.start()
@@ -298,10 +301,23 @@ def _or_nothing(value: float | None) -> str:
 
 
 class Decoder:
-    """One method with a prompt of ``prompt`` tokens in its cache, for sequences of ``length`` tokens."""
+    """One method with a prompt of ``prompt`` tokens in its cache, for sequences of ``length`` tokens.
 
-    def __init__(self, loaded: LoadedModel, name: str, plan: Plan | None, length: int, batch: int, prompt: int):
+    ``compiles`` is for plans; a dense model with a static cache is always compiled on a GPU.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        name: str,
+        plan: Plan | None,
+        length: int,
+        batch: int,
+        prompt: int,
+        compiles: bool = False,
+    ):
         self.loaded, self.name, self.plan, self.length, self.batch = loaded, name, plan, length, batch
+        self._compiles = compiles
         model: Any = loaded.model
         if plan is not None:
             self.cache: Any = SpanCache(plan, length)
@@ -379,7 +395,7 @@ class Decoder:
         if self.plan is None or self._applied:
             yield
             return
-        with apply(self.loaded.model, self.plan, compile=self.loaded.model.device.type == "cuda"):
+        with apply(self.loaded.model, self.plan, compile=self._compiles):
             self._applied = True
             try:
                 yield

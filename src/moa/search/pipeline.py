@@ -27,7 +27,7 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
-from moa.search.facts import HELD_OUT_FACTS
+from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
@@ -218,6 +218,7 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
         "dtype": str(loaded.model.dtype),
         "text": text.description,
         "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
+        "facts_sha256": hashlib.sha256(repr((FACTS, HELD_OUT_FACTS)).encode()).hexdigest(),
         "data": asdict(replace(data, weights=sorted(data.weights))),  # type: ignore[arg-type]
     }
 

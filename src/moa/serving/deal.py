@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # rows by head; o_proj has columns by head
+_OF_ALL_HEADS = ("q_norm", "k_norm")  # where they have one weight for each dimension of a head
 
 
 def deal(spans: np.ndarray, ranks: int) -> np.ndarray:
@@ -58,13 +59,11 @@ def dealable(config: PretrainedConfig) -> bool:
     for module in attention:
         if not all(hasattr(module, name) for name in _PROJECTIONS):
             return False
-        others = [
-            weights.shape
-            for name, weights in module.named_parameters()
-            if name.split(".")[0] not in (*_PROJECTIONS, "o_proj")
-        ]
-        if any(shape != (module.head_dim,) for shape in others):
-            return False
+        for name, weights in module.named_parameters():
+            part = name.split(".")[0]
+            shared = part in _OF_ALL_HEADS and weights.shape == (module.head_dim,)
+            if not shared and part not in (*_PROJECTIONS, "o_proj"):
+                return False
     return bool(attention)
 
 
@@ -80,9 +79,9 @@ def dealt(weights: Iterable[tuple[str, torch.Tensor]], order: np.ndarray) -> Ite
     """
     heads = order.shape[1]
     for name, tensor in weights:
-        parts = name.split(".")
+        parts = ["", *name.split(".")]
         layer = next((int(part) for part in parts if part.isdigit()), None)
-        if layer is not None and len(parts) > 1:
+        if layer is not None and layer < len(order):  # some checkpoints have layers that the model leaves out
             index = torch.from_numpy(order[layer]).to(tensor.device)
             if parts[-2] in _PROJECTIONS:
                 tensor = tensor.unflatten(0, (heads, -1)).index_select(0, index).flatten(0, 1)

@@ -48,6 +48,11 @@ class HeadGroups:
     ranks: int
 
     @property
+    def dealt(self) -> bool:
+        """Whether any head has another place than in the model."""
+        return bool((self.order != np.arange(self.order.shape[1])).any())
+
+    @property
     def density(self) -> float:
         """Stored KV tokens over all KV tokens at ``length``."""
         return self.plan.density(self.length)

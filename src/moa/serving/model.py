@@ -113,7 +113,7 @@ class MoAForCausalLM(TransformersForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM's, with the heads in the order in which they are dealt to the ranks."""
-        if self._groups.ranks > 1:
+        if self._groups.dealt:
             weights = dealt(weights, self._groups.order)
         found: set[str] = super().load_weights(weights)
         return found
@@ -138,8 +138,9 @@ def served_groups(vllm_config: VllmConfig) -> HeadGroups:
     plan.check_fits(ModelIdentity.of(config))
     length = getattr(config, "moa_length", None) or vllm_config.model_config.max_model_len
     ranks = vllm_config.parallel_config.tensor_parallel_size
-    # the layout of quantized weights is their own
-    deals = ranks > 1 and vllm_config.quant_config is None and dealable(config)
+    # the layout of quantized weights is their own, and adapters are loaded elsewhere
+    plain = vllm_config.quant_config is None and vllm_config.lora_config is None
+    deals = ranks > 1 and plain and dealable(config)
     groups = head_groups(plan, length, ranks, deals=deals)
     _LOG.info_once(
         "Plan %s at %d tokens: density %.3f, %.3f as served in %d groups of heads",
