@@ -1,0 +1,136 @@
+"""`moa bench ...`: speed next to what people would otherwise use."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moa.cli.options import Device, DType, Quiet, densities_of, load, numbers_of, out
+from moa.errors import InputError
+
+
+def attention(
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Our kernels on an NVIDIA GPU, next to dense attention and other ways to run the same mask."""
+    from moa.benchmark.attention import bench_attention as measure
+    from moa.benchmark.attention import to_markdown
+    from moa.progress import Progress
+
+    report(json, to_markdown, lambda left, keep: measure(Progress(quiet)))
+
+
+def profile(
+    items: Annotated[int, typer.Option(help="Calibration items at each length.")] = 50,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The profile stage on models of 7B and 8B shape (random weights), next to plain forward and backward passes."""
+    from moa.benchmark.profile import bench_profile as measure
+    from moa.benchmark.profile import to_markdown
+    from moa.progress import Progress
+
+    report(json, to_markdown, lambda left, keep: measure(items, Progress(quiet)))
+
+
+def throughput(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, Hub name, .gguf file or demo; or leave it out and give --shape.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="llama-7b, llama-13b, llama3-8b, llama3-70b or qwen2.5-7b, with random weights.")
+    ] = None,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
+    density: Annotated[str, typer.Option(help="Without a --plan: densities of typical plans.")] = "0.5",
+    against: Annotated[str, typer.Option(help="Of dense-dynamic, dense-static, uniform; or none.")] = (
+        "dense-dynamic,dense-static,uniform"
+    ),
+    lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "4096",
+    batch: Annotated[str, typer.Option(help="Sequences at once, or max: as many as fit on the GPU.")] = "1",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens in each of six timed rounds.")] = 16,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """How fast a whole model decodes under plans and without, and how close to what its bytes allow."""
+    import torch
+
+    from moa.benchmark.shapes import SHAPES, random_model
+    from moa.benchmark.throughput import DENSE_DYNAMIC, DENSE_STATIC, to_markdown, typical_plan
+    from moa.benchmark.throughput import bench_throughput as measure
+    from moa.evaluation.compare import device_info
+    from moa.models import pick_device, pick_dtype
+    from moa.plan import Plan
+    from moa.progress import Progress
+
+    if (model is None) == (shape is None):
+        raise InputError("give a model or a --shape, one of the two")
+    if shape is not None and shape not in SHAPES:
+        raise InputError(f"unknown --shape {shape!r}; expected one of {', '.join(SHAPES)}")
+    others = [] if against == "none" else against.split(",")
+    if set(others) - {DENSE_DYNAMIC, DENSE_STATIC, "uniform"}:
+        raise InputError(f"--against {against!r}: expected some of {DENSE_DYNAMIC}, {DENSE_STATIC}, uniform; or none")
+    wanted = numbers_of(lengths, "--lengths") or ()
+    rows = None if batch == "max" else (numbers_of(batch, "--batch") or (1,))[0]
+    plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
+    if shape is not None:
+        on = pick_device(device)
+        weights = pick_dtype(dtype, on)
+        loaded = random_model(shape, on, weights if isinstance(weights, torch.dtype) else torch.bfloat16)
+    else:
+        loaded = load(str(model), dtype, device, quiet)
+    for rules in plans.values():
+        rules.check_fits(loaded.identity)
+    if not plans:
+        plans = {f"MoA {100 * each:g} %": typical_plan(loaded.identity, each) for each in densities_of(density)}
+    if "uniform" in others:
+        budgets = {round(max(rules.density(length) for length in wanted), 4) for rules in plans.values()}
+        plans |= {f"uniform {100 * each:.3g} %": Plan.uniform(loaded.identity, each) for each in sorted(budgets)}
+    dense = [name for name in others if name != "uniform"]
+
+    machine = {"device": device_info([device])}
+
+    def run(left: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        known = left["rows"] if left.get("device") == machine["device"] else []
+        return machine | measure(
+            loaded, plans, dense, wanted, rows, steps, Progress(quiet), known, lambda found: keep(machine | found)
+        )
+
+    report(json, to_markdown, run)
+
+
+def report(
+    json: Path | None,
+    to_markdown: Callable[[dict[str, Any]], str],
+    run: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]],
+) -> None:
+    """Run a benchmark, print its table, and write both where ``json`` says.
+
+    ``run`` takes what an interrupted call of the same command has left (or nothing), and what keeps its own.
+    """
+    from rich.markdown import Markdown
+
+    from moa.files import check_writable, read_json, write_json, write_text
+
+    command = {"command": "moa " + " ".join(sys.argv[1:])}
+    partial = None
+    left: dict[str, Any] = {}
+    if json:
+        check_writable(json)
+        partial = json.with_suffix(".partial.json")
+        left = read_json(partial) if partial.is_file() else {}
+
+    def keep(found: dict[str, Any]) -> None:
+        if partial:
+            write_json(partial, command | found)
+
+    result = command | run(left if left.get("command") == command["command"] else {}, keep)
+    out.print(Markdown(to_markdown(result)))
+    if json and partial:
+        write_json(json, result)
+        write_text(json.with_suffix(".md"), to_markdown(result))
+        partial.unlink(missing_ok=True)

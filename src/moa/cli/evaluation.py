@@ -1,0 +1,145 @@
+"""`moa eval` and `moa lm-eval`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moa.cli.options import (
+    DEFAULT_MIXTURE,
+    DEFAULT_RUN,
+    Device,
+    DType,
+    Mixture,
+    Model,
+    Quiet,
+    load,
+    numbers_of,
+    out,
+    weights_of,
+)
+from moa.errors import InfeasibleBudgetError, InputError
+
+
+def evaluate(
+    model: Model,
+    plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
+    against: Annotated[
+        str,
+        typer.Option(help="Of dense, uniform, per-layer, per-head, binary-heads (at each plan's density); or none."),
+    ] = "dense,uniform",
+    lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "1024",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Of passkey, needle, multikey, multivalue, tracking, lines, json, perplexity, answer_perplexity, "
+            "answer_kl; or all, or none. lines@2048: at that length only."
+        ),
+    ] = "passkey,lines,perplexity",
+    items: Annotated[int, typer.Option(help="Prompts per retrieval task.")] = 20,
+    decode_steps: Annotated[int, typer.Option(help="Tokens in each timed round of decoding; 0 for no timing.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
+    heat_map: Annotated[Path | None, typer.Option(help="Draw retrieval by length and depth into this PNG.")] = None,
+    run_dir: Annotated[
+        Path, typer.Option("--run-dir", help="The finished search that baselines other than uniform are chosen from.")
+    ] = DEFAULT_RUN,
+    mixture: Mixture = DEFAULT_MIXTURE,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Measure plans against dense attention and other plans: answers, bytes and speed in one table."""
+    from moa.evaluation.compare import (
+        TASKS,
+        EvaluateConfig,
+        device_info,
+        effective_lengths,
+        table,
+        to_json,
+        to_markdown,
+    )
+    from moa.evaluation.compare import evaluate as measure
+    from moa.evaluation.devices import evaluate_on
+    from moa.files import check_writable, write_json, write_text
+    from moa.models import load_config
+    from moa.plan import ModelIdentity, Plan
+    from moa.progress import Progress
+    from moa.search import baselines
+
+    for path in (json, heat_map):
+        if path:
+            check_writable(path)
+    wanted = numbers_of(lengths, "--lengths") or ()
+    chosen = {"none": (), "all": TASKS}.get(tasks, tuple(tasks.split(",")))
+    config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
+    others = [] if against == "none" else against.split(",")
+    if set(others) - {"dense", "uniform", *baselines.NAMES}:
+        raise InputError(
+            f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}; or none"
+        )
+    plans = {path.stem: Plan.load(path) for path in plan or ()}
+    losses = _losses(run_dir, mixture) if set(others) & set(baselines.NAMES) else {}
+    identity = ModelIdentity.of(load_config(model))
+    methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
+    for name, rules in plans.items():
+        rules.check_fits(identity)
+        budget = rules.provenance.get("budget", {}).get("density")  # of what it was searched for, if it was
+        density = budget or round(max(rules.density(length) for length in wanted), 4)
+        for other in others:
+            label = f"{other} {100 * density:.3g} %"
+            if other == "uniform":
+                methods[label] = Plan.uniform(identity, density)
+            elif other != "dense":
+                try:
+                    methods[label] = baselines.baseline(other, losses, identity, density)
+                except InfeasibleBudgetError as error:
+                    out.print(f"{label} is left out: {error}", highlight=False)
+        methods[f"MoA {name}"] = rules
+    if not methods:
+        raise InputError("nothing to evaluate; give a --plan, or --against dense")
+    devices = device.split(",")
+    if len(devices) > 1:
+        rows = evaluate_on(devices, model, dtype, methods, config, Progress(quiet))
+    else:
+        rows = measure(load(model, dtype, device, quiet), methods, config, Progress(quiet))
+    out.print(table(rows))
+    for found in effective_lengths(rows):
+        reach = (
+            f"up to {found['length']:,} tokens, {found['mean_span']:,} stored" if found["length"] else "at no length"
+        )
+        out.print(f"{found['method']}: 0.9 of the passkeys found {reach}", highlight=False)
+    if json:
+        command = "moa " + " ".join(sys.argv[1:])
+        machine = device_info(devices)
+        write_json(json, to_json(rows, command, str(identity), machine))
+        write_text(json.with_suffix(".md"), to_markdown(rows, command, machine))
+        out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
+    if heat_map:
+        from moa.report.heat_maps import heat_maps
+
+        heat_maps(rows, heat_map)
+        out.print(f"Wrote {heat_map}", highlight=False)
+
+
+def _losses(run_dir: Path, mixture: str) -> Any:
+    """Loss tables per KV head of a finished search."""
+    from moa.progress import SILENT
+    from moa.search.pipeline import Run, profiled
+    from moa.search.profile import kv_losses
+
+    tables, _, identity = profiled(Run(run_dir, SILENT))
+    return kv_losses(tables, identity.kv_heads, weights_of(mixture))
+
+
+def lm_eval(context: typer.Context) -> None:
+    """EleutherAI's lm-eval with the model `moa`: run --model moa --model_args pretrained=MODEL,plan=FILE --tasks ..."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import moa.evaluation.lm_eval  # noqa: F401 (registers the model)
+    except ImportError as error:
+        raise InputError(f"lm-eval is not installed ({error}); pip install 'moa-spans[lm-eval]'") from error
+    sys.argv = ["lm_eval", *context.args]  # its own parser reads them there
+    cli_evaluate()
