@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from moa.benchmark import throughput
 from moa.benchmark.shapes import random_model
 from moa.benchmark.throughput import ROUNDS, Row, bench_throughput, decode_in_turn, to_markdown, typical_plan
 from moa.cli import main
@@ -31,6 +32,21 @@ def loaded():
 def test_shapes_have_the_sizes_of_their_models(shape, billions):
     loaded = random_model(shape, torch.device("meta"))
     assert sum(weights.numel() for weights in loaded.model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_plans_compile_where_it_is_asked_for_only(loaded, compiles, monkeypatch):
+    """`moa eval`, which times a few steps, does not ask, though one plan may be all that it times."""
+    real, asked = throughput.apply, []
+
+    def spy(model, plan, *, compile):
+        asked.append(compile)
+        return real(model, plan, compile=compile)
+
+    monkeypatch.setattr(throughput, "apply", spy)
+    options = {"compiles": True} if compiles else {}
+    decode_in_turn(loaded, {"half": typical_plan(loaded.identity, 0.5)}, LENGTH, 1, STEPS, **options)
+    assert set(asked) == {compiles}
 
 
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 0.75, 1.0])

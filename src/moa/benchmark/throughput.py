@@ -176,7 +176,8 @@ def _measured(
     loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, batch: int, steps: int, bandwidth: float
 ) -> list[Row]:
     energy = _Energy(loaded.model.device)
-    found = decode_in_turn(loaded, methods, length, batch, steps, energy)
+    compiles = loaded.model.device.type == "cuda"
+    found = decode_in_turn(loaded, methods, length, batch, steps, energy, compiles)
     return [
         decoder.row(
             statistics.median(seconds),
@@ -251,13 +252,14 @@ def decode_in_turn(
     batch: int,
     steps: int,
     energy: _Energy | None = None,
+    compiles: bool = False,
 ) -> "list[tuple[Decoder, list[float]]]":
     """Seconds of the last steps to ``length`` tokens, for each method; they take turns. None stands for a dense one.
 
-    ``energy`` counts all rounds but the first.
+    ``energy`` counts all rounds but the first. ``compiles`` is as for `Decoder`; of several methods each would compile
+    anew whenever its turn comes.
     """
     alone = len(methods) == 1
-    compiles = alone and loaded.model.device.type == "cuda"  # several would compile anew whenever they take turns
     prompt = length - ROUNDS * steps
     decoders = [Decoder(loaded, name, plan, length, batch, prompt, compiles) for name, plan in methods.items()]
     rounds = []

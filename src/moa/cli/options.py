@@ -42,6 +42,7 @@ DEFAULT_MIXTURE = "retrieval=1,text=0.5,summary=0.25"
 
 
 def numbers_of(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Positive whole numbers with commas, as given to ``option``; None for None. Raises InputError for what is none."""
     if text is None:
         return None
     try:
@@ -54,6 +55,7 @@ def numbers_of(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def weights_of(text: str) -> dict[str, float]:
+    """Weights of calibration sources, from ``source=weight,...``. Raises InputError for anything else."""
     try:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
@@ -64,6 +66,7 @@ def weights_of(text: str) -> dict[str, float]:
 
 
 def calibration_text(files: list[Path] | None, dataset: str | None) -> Any:
+    """The `moa.search.text.TextSource` that is asked for; Python's documentation by default."""
     from moa.search.text import default_text, text_from_dataset, text_from_files
 
     if files and dataset:
@@ -74,6 +77,7 @@ def calibration_text(files: list[Path] | None, dataset: str | None) -> Any:
 
 
 def load(model: str, dtype: str, device: str, quiet: bool) -> Any:
+    """The `moa.models.LoadedModel`."""
     from moa.models import load_model
     from moa.progress import Progress
 
@@ -81,6 +85,7 @@ def load(model: str, dtype: str, device: str, quiet: bool) -> Any:
 
 
 def open_run(folder: Path, quiet: bool) -> Any:
+    """The `moa.search.pipeline.Run` in a folder."""
     from moa.progress import Progress
     from moa.search.pipeline import Run
 
@@ -88,6 +93,7 @@ def open_run(folder: Path, quiet: bool) -> Any:
 
 
 def densities_of(text: str) -> list[float]:
+    """Densities with commas. Raises InputError for anything else, and for what is no density."""
     from moa.plan import check_density
 
     try:
