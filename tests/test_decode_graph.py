@@ -226,6 +226,15 @@ def test_a_model_that_cannot_be_recorded_runs_all_the_same(model, recorder, monk
     assert recorder == {"recorded": 1, "replayed": 0}
 
 
+def test_a_driver_without_memory_for_the_graph_is_out_of_memory(model, monkeypatch):
+    def breaks(forward, inputs):
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(decode_graph, "_capture", breaks)
+    with moa.apply(model, random_plan(model), backend="triton"), pytest.raises(torch.OutOfMemoryError):
+        generate(model, random_ids(1, 60).to(DEVICE))
+
+
 def test_the_model_gets_its_forward_back(model):
     own = type(model).forward
     with moa.apply(model, random_plan(model), backend="triton"):

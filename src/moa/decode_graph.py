@@ -138,6 +138,10 @@ class DecodeGraphs:
                     recording = _Recording(self._model, self._to_record(step), step)
             except torch.OutOfMemoryError:
                 raise
+            except torch.AcceleratorError as error:
+                if "out of memory" in str(error):  # so the driver says it, which holds the graph
+                    raise torch.OutOfMemoryError(str(error)) from error
+                reason = f"{type(error).__name__}: {error}"
             except RuntimeError as error:
                 reason = f"{type(error).__name__}: {error}"
         if reason is not None:

@@ -48,7 +48,6 @@ _HIDDEN_STATES = 40
 _PARTS = 5
 # Answers are made with a seed of their own; calibration uses small ones.
 _ANSWER_SEED = 1_000_003
-_ANSWER_ITEMS = 8  # of each source
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class EvaluateConfig:
     lengths : tuple of int
         Total lengths N, prompt and new tokens.
     items : int
-        Prompts of each retrieval task and length.
+        Prompts of each retrieval task and length; of the dense model's answers half are to questions, half summaries.
     tasks : tuple of str
         Of `TASKS`; ``lines@2048`` is measured at that length only.
     chunks : int
@@ -347,7 +346,8 @@ class Measures:
         self.answers: list[CalibrationItem] = []
         if {ANSWER_PERPLEXITY, ANSWER_KL} & set(config.tasks_at(length)):
             sources = (RETRIEVAL_ANSWERS, SUMMARY)
-            settings = CalibrateConfig((length,), _ANSWER_ITEMS, sources, seed=_ANSWER_SEED + config.seed)
+            each = math.ceil(config.items / len(sources))
+            settings = CalibrateConfig((length,), each, sources, seed=_ANSWER_SEED + config.seed)
             self.answers = [item for items in calibrate(loaded, text, settings).items.values() for item in items]
         self._last: tuple[Plan | None, dict[str, list[float]]] | None = None
 

@@ -35,7 +35,7 @@ _TRIED = 4  # rules of a head in a sweep, at most
 _SWEEPS = 3  # an allowance too small for so many sweeps over all heads sweeps over some of them
 _LEAST_HEADS = 8
 _TOKENS = {RETRIEVAL: 49152}  # measured on items of so many tokens for each length
-_OTHER_TOKENS = 8192  # of sources with longer answers
+_OTHER_TOKENS = 16384  # of sources with longer answers
 _REMEMBER = 16  # measurements between two writes of the file for an interrupted call
 _LEAST_GAIN = 1e-3  # of the loss; smaller gains end the search
 
