@@ -9,7 +9,18 @@ import torch
 
 from moa.benchmark import throughput
 from moa.benchmark.shapes import random_model
-from moa.benchmark.throughput import ROUNDS, Row, bench_throughput, decode_in_turn, to_markdown, typical_plan
+from moa.benchmark.throughput import (
+    DENSE_DYNAMIC,
+    DENSE_STATIC,
+    ROUNDS,
+    Method,
+    Row,
+    bench_throughput,
+    decode_in_turn,
+    ladder,
+    to_markdown,
+    typical_plan,
+)
 from moa.cli import main
 from moa.errors import InputError
 from moa.models import LoadedModel
@@ -39,13 +50,13 @@ def test_plans_compile_where_it_is_asked_for_only(loaded, compiles, monkeypatch)
     """`moa eval`, which times a few steps, does not ask, though one plan may be all that it times."""
     real, asked = throughput.apply, []
 
-    def spy(model, plan, *, compile):
+    def spy(model, plan, backend, *, compile):
         asked.append(compile)
-        return real(model, plan, compile=compile)
+        return real(model, plan, backend, compile=compile)
 
     monkeypatch.setattr(throughput, "apply", spy)
     options = {"compiles": True} if compiles else {}
-    decode_in_turn(loaded, {"half": typical_plan(loaded.identity, 0.5)}, LENGTH, 1, STEPS, **options)
+    decode_in_turn(loaded, [Method("half", typical_plan(loaded.identity, 0.5))], LENGTH, 1, STEPS, **options)
     assert set(asked) == {compiles}
 
 
@@ -61,7 +72,7 @@ def test_a_typical_plan_has_its_density_from_a_few_heads_that_see_all(density):
 
 def test_rows_say_what_was_stored_and_how_fast_it_went(loaded):
     plan = Plan.uniform(loaded.identity, 0.5)
-    result = bench_throughput(loaded, {"half": plan}, ["dense-dynamic", "dense-static"], [LENGTH], 2, STEPS)
+    result = bench_throughput(loaded, [DENSE_DYNAMIC, DENSE_STATIC, Method("half", plan)], [LENGTH], 2, STEPS)
     rows = {row["method"]: row for row in result["rows"]}
     assert list(rows) == ["dense-dynamic", "dense-static", "half"]
     token = 2 * loaded.identity.layers * loaded.identity.kv_heads * loaded.identity.head_dim * 4
@@ -78,7 +89,7 @@ def test_rows_say_what_was_stored_and_how_fast_it_went(loaded):
 
 
 def test_all_methods_decode_the_same_tokens_where_nothing_is_left_out(loaded):
-    methods = {"dense-dynamic": None, "dense-static": None, "all": Plan.dense(loaded.identity)}
+    methods = [DENSE_DYNAMIC, DENSE_STATIC, Method("all", Plan.dense(loaded.identity))]
     found = decode_in_turn(loaded, methods, LENGTH, 2, STEPS)
     said = [decoder.tokens.tolist() for decoder, _ in found]
     assert said[0] == said[1] == said[2]
@@ -87,36 +98,61 @@ def test_all_methods_decode_the_same_tokens_where_nothing_is_left_out(loaded):
 
 def test_an_interrupted_call_goes_on_from_what_it_kept(loaded):
     """On a CPU, the methods of one length are measured together."""
-    dense, kept = ["dense-dynamic"], []
+    dense, kept = [DENSE_DYNAMIC], []
 
     def interrupt(result):
         kept.append(result)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench_throughput(loaded, {}, dense, [320, LENGTH], 1, STEPS, keep=interrupt)
+        bench_throughput(loaded, dense, [320, LENGTH], 1, STEPS, keep=interrupt)
     (first,) = kept
     assert [row["length"] for row in first["rows"]] == [320]
-    again = bench_throughput(loaded, {}, dense, [320, LENGTH], 1, STEPS, known=first["rows"], keep=kept.append)
+    again = bench_throughput(loaded, dense, [320, LENGTH], 1, STEPS, known=first["rows"], keep=kept.append)
     assert again["rows"][0] == first["rows"][0]
     assert [row["length"] for row in again["rows"]] == [320, LENGTH]
     assert len(kept) == 2, "one length was left"
 
 
 @pytest.mark.parametrize(
-    ("against", "lengths", "batch", "steps", "reason"),
+    ("lengths", "batch", "steps", "reason"),
     [
-        (["dense"], [LENGTH], 1, 1, "'dense'.*dense-dynamic"),
-        ([], [2048], 1, 1, "2,048.*1,024"),
-        ([], [64], 1, 16, "64.*rounds of 16"),
-        ([], [], 1, 1, "at least one length"),
-        ([], [LENGTH], 0, 1, "one sequence"),
-        ([], [LENGTH], None, 1, "on a GPU only"),
+        ([2048], 1, 1, "2,048.*1,024"),
+        ([64], 1, 16, "64.*rounds of 16"),
+        ([], 1, 1, "at least one length"),
+        ([LENGTH], 0, 1, "one sequence"),
+        ([LENGTH], None, 1, "on a GPU only"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(loaded, against, lengths, batch, steps, reason):
+def test_what_cannot_be_measured_is_refused(loaded, lengths, batch, steps, reason):
     with pytest.raises(InputError, match=reason):
-        bench_throughput(loaded, {}, against, lengths, batch, steps)
+        bench_throughput(loaded, [DENSE_DYNAMIC], lengths, batch, steps)
+
+
+def test_the_ladder_takes_one_step_after_another(loaded, monkeypatch):
+    """Its largest batches are looked for on a GPU; here they are said to be 1 for what is dense and 2 for the plan."""
+    pytest.importorskip("triton")
+    used, real = [], throughput.Decoder
+
+    def spy(loaded, method, length, batch, *rest):
+        used.append((method.plan is not None, method.static, method.backend, batch))
+        return real(loaded, method, length, batch, *rest)
+
+    def largest(loaded, methods, length, steps, bandwidth):
+        return throughput._measured(loaded, methods, length, 1 + (methods[0].plan is not None), steps, bandwidth)
+
+    monkeypatch.setattr(throughput, "Decoder", spy)
+    monkeypatch.setattr(throughput, "_at_largest_batch", largest)
+    rungs = ladder("half", Plan.uniform(loaded.identity, 0.5))
+    rows = bench_throughput(loaded, rungs, [64], None, 1)["rows"]
+    assert used == [
+        (False, False, None, 1),
+        (False, True, None, 1),
+        (True, False, "sdpa", 1),
+        (True, False, "sdpa", 2),
+        (True, False, "triton", 2),
+    ]
+    assert [row["method"] for row in rows] == [rung.name for rung in rungs]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +164,7 @@ def test_what_cannot_be_measured_is_refused(loaded, against, lengths, batch, ste
         (["demo", "--density", "half"], "--density 'half'"),
         (["demo", "--against", "per-layer"], "uniform; or none"),
         (["demo", "--batch", "most"], "--batch 'most'"),
+        (["demo", "--ladder", "--density", "0.5,0.25"], "one --plan or one --density"),
         (["--shape", "llama-7b", "--dtype", "int7"], "int7"),
     ],
 )
@@ -161,7 +198,7 @@ def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, m
     asked = []
 
     def measure(*args, **kwargs):
-        known, keep = args[7:9]
+        known, keep = args[6:8]
         asked.append(known)
         result = {"versions": {}, "copy_gb_s": 1.0, "rows": known or [row]}
         keep(result)

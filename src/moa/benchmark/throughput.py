@@ -32,11 +32,39 @@ from moa.plan import ModelIdentity, Plan
 from moa.progress import SILENT, Progress
 from moa.runtime import apply, prompt_chunk
 
-DENSE_DYNAMIC, DENSE_STATIC = "dense-dynamic", "dense-static"
 ROUNDS = 6  # the first warms up; methods alternate, so that a machine that slows down does so for all
 _SHRINK = 0.96  # a batch that did not fit is tried again so much smaller
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 _COPIES = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode.
+
+    Attributes
+    ----------
+    name : str
+    plan : Plan or None
+        None: dense.
+    static : bool
+        A dense model's cache has a fixed size, and on a GPU its steps are compiled.
+    backend : str or None
+        Of the plan, as for `moa.apply`.
+    batch_of : str or None
+        Takes the largest batch of the method of this name, measured before it, instead of its own.
+    """
+
+    name: str
+    plan: Plan | None = None
+    static: bool = False
+    backend: str | None = None
+    batch_of: str | None = None
+
+
+# transformers' default cache, and its cache of fixed size
+DENSE_DYNAMIC = Method("dense-dynamic")
+DENSE_STATIC = Method("dense-static", static=True)
 
 
 @dataclass(frozen=True)
@@ -92,10 +120,26 @@ def typical_plan(identity: ModelIdentity, density: float) -> Plan:
     return Plan.from_arrays(identity, np.zeros(full.shape), np.where(full, 1.0, window))
 
 
+def ladder(name: str, plan: Plan) -> list[Method]:
+    """What makes decoding under a plan fast, one thing after another: each method has one more than that before it.
+
+    From transformers' default cache by way of a cache of fixed size, the plan's shorter spans and the larger batch that
+    they leave room for, to our kernels (arXiv 2406.14909, its breakdown of the throughput).
+    """
+    dense, spans = DENSE_DYNAMIC.name, f"+ spans of {name}"
+    batch = f"+ largest batch of {name}"
+    return [
+        DENSE_DYNAMIC,
+        Method("+ static cache", static=True, batch_of=dense),
+        Method(spans, plan, backend="sdpa", batch_of=dense),
+        Method(batch, plan, backend="sdpa"),
+        Method("+ kernels", plan, backend="triton", batch_of=batch),
+    ]
+
+
 def bench_throughput(
     loaded: LoadedModel,
-    plans: Mapping[str, Plan],
-    against: Sequence[str],
+    methods: Sequence[Method],
     lengths: Sequence[int],
     batch: int | None = 1,
     steps: int = 16,
@@ -108,9 +152,8 @@ def bench_throughput(
     Parameters
     ----------
     loaded : LoadedModel
-    plans : mapping of name to Plan
-    against : sequence of str
-        ``dense-dynamic`` is transformers' default cache, ``dense-static`` its cache of fixed size.
+    methods : sequence of Method
+        With names of their own.
     lengths : sequence of int
         N, prompt and new tokens.
     batch : int or None
@@ -125,25 +168,19 @@ def bench_throughput(
     Raises
     ------
     InputError
-        If a length is beyond the model's context or too short for the steps, or there is no such method.
+        If a length is beyond the model's context or too short for the steps, or the device cannot do it.
     """
-    for name in against:
-        if name not in (DENSE_DYNAMIC, DENSE_STATIC):
-            raise InputError(f"unknown method {name!r}; expected {DENSE_DYNAMIC} or {DENSE_STATIC}")
     if (batch is not None and batch < 1) or steps < 1 or not lengths:
         raise InputError("a measurement needs at least one length, one sequence and one step")
     cuda = loaded.model.device.type == "cuda"
-    if batch is None and not cuda:
-        raise InputError(f"the largest batch is looked for on a GPU only, not on {loaded.model.device}; give a number")
     for length in lengths:
         if not ROUNDS * steps < length <= loaded.context_length:
             raise InputError(
                 f"length {length:,} is not possible: {ROUNDS} rounds of {steps} steps have to fit, and the context of "
                 f"{loaded.name} is {loaded.context_length:,} tokens"
             )
-    methods: dict[str, Plan | None] = {**dict.fromkeys(against), **plans}
     # On a GPU each method has the memory for itself; elsewhere they take turns, since machines slow down.
-    groups = [[name] for name in methods] if cuda else [list(methods)]
+    groups = [[method] for method in methods] if cuda or batch is None else [list(methods)]
     bandwidth = _copy_bytes_per_second(loaded.model.device)
     rows = [Row(**row) for row in known]
     measured = {(row.length, row.method) for row in rows}
@@ -151,7 +188,7 @@ def bench_throughput(
         (length, group)
         for length in sorted(set(lengths))
         for group in groups
-        if not {(length, name) for name in group} <= measured
+        if not {(length, method.name) for method in group} <= measured
     ]
 
     def result() -> dict[str, Any]:
@@ -162,18 +199,19 @@ def bench_throughput(
         }
 
     for length, group in progress.track(work, "Decoding"):
-        chosen = {name: methods[name] for name in group}
-        if batch is None:
-            rows += _at_largest_batch(loaded, chosen, length, steps, bandwidth)
+        found = {row.method: row.batch for row in rows if row.length == length}
+        taken = batch or found.get(group[0].batch_of or "")
+        if taken is None:
+            rows += _at_largest_batch(loaded, group, length, steps, bandwidth)
         else:
-            rows += _measured(loaded, chosen, length, batch, steps, bandwidth)
+            rows += _measured(loaded, group, length, taken, steps, bandwidth)
         keep(result())
         _free(loaded.model)
     return result()
 
 
 def _measured(
-    loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, batch: int, steps: int, bandwidth: float
+    loaded: LoadedModel, methods: Sequence[Method], length: int, batch: int, steps: int, bandwidth: float
 ) -> list[Row]:
     energy = _Energy(loaded.model.device)
     compiles = loaded.model.device.type == "cuda"
@@ -189,11 +227,13 @@ def _measured(
 
 
 def _at_largest_batch(
-    loaded: LoadedModel, methods: Mapping[str, Plan | None], length: int, steps: int, bandwidth: float
+    loaded: LoadedModel, methods: Sequence[Method], length: int, steps: int, bandwidth: float
 ) -> list[Row]:
     """From the batch whose keys and values alone would fill the memory downwards, until one fits."""
     device = loaded.model.device
-    plan = next(iter(methods.values())) or Plan.dense(loaded.identity)
+    if device.type != "cuda":
+        raise InputError(f"the largest batch is looked for on a GPU only, not on {device}; give a number")
+    plan = methods[0].plan or Plan.dense(loaded.identity)
     _free(loaded.model)
     batch = torch.cuda.mem_get_info(device)[0] // plan.kv_bytes(length, loaded.model.dtype)
     while batch >= 1:
@@ -203,7 +243,8 @@ def _at_largest_batch(
             pass  # what it held is freed only outside of this clause
         _free(loaded.model)
         batch = min(batch - 1, int(batch * _SHRINK))
-    raise InputError(f"{', '.join(methods)}: not even one sequence of {length:,} tokens fits on {device}")
+    names = ", ".join(method.name for method in methods)
+    raise InputError(f"{names}: not even one sequence of {length:,} tokens fits on {device}")
 
 
 def _free(model: Any) -> None:
@@ -247,21 +288,21 @@ class _Energy:
 
 def decode_in_turn(
     loaded: LoadedModel,
-    methods: Mapping[str, Plan | None],
+    methods: Sequence[Method],
     length: int,
     batch: int,
     steps: int,
     energy: _Energy | None = None,
     compiles: bool = False,
 ) -> "list[tuple[Decoder, list[float]]]":
-    """Seconds of the last steps to ``length`` tokens, for each method; they take turns. None stands for a dense one.
+    """Seconds of the last steps to ``length`` tokens, for each method; they take turns.
 
     ``energy`` counts all rounds but the first. ``compiles`` is as for `Decoder`; of several methods each would compile
     anew whenever its turn comes.
     """
     alone = len(methods) == 1
     prompt = length - ROUNDS * steps
-    decoders = [Decoder(loaded, name, plan, length, batch, prompt, compiles) for name, plan in methods.items()]
+    decoders = [Decoder(loaded, method, length, batch, prompt, compiles) for method in methods]
     rounds = []
     with decoders[0].in_force() if alone else nullcontext():  # one alone keeps what it recorded
         for index in range(ROUNDS):
@@ -311,19 +352,18 @@ class Decoder:
     def __init__(
         self,
         loaded: LoadedModel,
-        name: str,
-        plan: Plan | None,
+        method: Method,
         length: int,
         batch: int,
         prompt: int,
         compiles: bool = False,
     ):
-        self.loaded, self.name, self.plan, self.length, self.batch = loaded, name, plan, length, batch
+        self.loaded, self.method, self.length, self.batch = loaded, method, length, batch
         self._compiles = compiles
         model: Any = loaded.model
-        if plan is not None:
-            self.cache: Any = SpanCache(plan, length)
-        elif name == DENSE_STATIC:
+        if method.plan is not None:
+            self.cache: Any = SpanCache(method.plan, length)
+        elif method.static:
             self.cache = StaticCache(config=model.config, max_cache_len=length)
         else:
             self.cache = DynamicCache(config=model.config)
@@ -331,7 +371,7 @@ class Decoder:
             torch.cuda.reset_peak_memory_stats(model.device)
         self._applied = False
         self._forward: Any = model
-        if name == DENSE_STATIC and model.device.type == "cuda":
+        if method.static and model.device.type == "cuda":
             self._forward = model.get_compiled_call(None)
         ids = np.random.default_rng(0).integers(0, model.config.get_text_config().vocab_size, (batch, prompt))
         self._seen = 0
@@ -358,8 +398,8 @@ class Decoder:
         cuda = model.device.type == "cuda"
         return Row(
             shape=self.loaded.name,
-            method=self.name,
-            density=1.0 if self.plan is None else self.plan.density(self.length),
+            method=self.method.name,
+            density=1.0 if self.method.plan is None else self.method.plan.density(self.length),
             length=self.length,
             batch=self.batch,
             tokens_per_s=self.batch / step,
@@ -380,7 +420,7 @@ class Decoder:
     @torch.no_grad()
     def _step(self, token: torch.Tensor) -> torch.Tensor:
         model: Any = self.loaded.model
-        if self.name == DENSE_STATIC:
+        if self.method.static:
             # as generate does: masks of fixed shape are made outside of what is compiled
             positions = torch.full_like(token, self._seen)
             inputs = model.prepare_inputs_for_generation(
@@ -394,10 +434,10 @@ class Decoder:
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """The method's plan on the model; nothing changes where it already is."""
-        if self.plan is None or self._applied:
+        if self.method.plan is None or self._applied:
             yield
             return
-        with apply(self.loaded.model, self.plan, compile=self._compiles):
+        with apply(self.loaded.model, self.method.plan, self.method.backend, compile=self._compiles):
             self._applied = True
             try:
                 yield

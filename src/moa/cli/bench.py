@@ -50,6 +50,10 @@ def throughput(
     ),
     lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "4096",
     batch: Annotated[str, typer.Option(help="Sequences at once, or max: as many as fit on the GPU.")] = "1",
+    ladder: Annotated[
+        bool,
+        typer.Option("--ladder", help="From dense to our kernels, one thing after another; on a GPU."),
+    ] = False,
     steps: Annotated[int, typer.Option(min=1, help="Tokens in each of six timed rounds.")] = 16,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
     dtype: DType = "auto",
@@ -60,8 +64,9 @@ def throughput(
     import torch
 
     from moa.benchmark.shapes import SHAPES, random_model
-    from moa.benchmark.throughput import DENSE_DYNAMIC, DENSE_STATIC, to_markdown, typical_plan
+    from moa.benchmark.throughput import DENSE_DYNAMIC, DENSE_STATIC, Method, to_markdown, typical_plan
     from moa.benchmark.throughput import bench_throughput as measure
+    from moa.benchmark.throughput import ladder as rungs
     from moa.evaluation.compare import device_info
     from moa.models import pick_device, pick_dtype
     from moa.plan import Plan
@@ -72,11 +77,15 @@ def throughput(
     if shape is not None and shape not in SHAPES:
         raise InputError(f"unknown --shape {shape!r}; expected one of {', '.join(SHAPES)}")
     others = [] if against == "none" else against.split(",")
-    if set(others) - {DENSE_DYNAMIC, DENSE_STATIC, "uniform"}:
-        raise InputError(f"--against {against!r}: expected some of {DENSE_DYNAMIC}, {DENSE_STATIC}, uniform; or none")
+    dense = {method.name: method for method in (DENSE_DYNAMIC, DENSE_STATIC)}
+    if set(others) - {*dense, "uniform"}:
+        raise InputError(f"--against {against!r}: expected some of {', '.join(dense)}, uniform; or none")
     wanted = numbers_of(lengths, "--lengths") or ()
-    rows = None if batch == "max" else (numbers_of(batch, "--batch") or (1,))[0]
+    rows = None if batch == "max" or ladder else (numbers_of(batch, "--batch") or (1,))[0]
     plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
+    densities = [] if plans else densities_of(density)
+    if ladder and len(plans) + len(densities) != 1:
+        raise InputError("--ladder takes one --plan or one --density")
     if shape is not None:
         on = pick_device(device)
         weights = pick_dtype(dtype, on)
@@ -85,19 +94,22 @@ def throughput(
         loaded = load(str(model), dtype, device, quiet)
     for rules in plans.values():
         rules.check_fits(loaded.identity)
-    if not plans:
-        plans = {f"MoA {100 * each:g} %": typical_plan(loaded.identity, each) for each in densities_of(density)}
-    if "uniform" in others:
-        budgets = {round(max(rules.density(length) for length in wanted), 4) for rules in plans.values()}
-        plans |= {f"uniform {100 * each:.3g} %": Plan.uniform(loaded.identity, each) for each in sorted(budgets)}
-    dense = [name for name in others if name != "uniform"]
+    plans |= {f"MoA {100 * each:g} %": typical_plan(loaded.identity, each) for each in densities}
+    if ladder:
+        methods = [rung for name, rules in plans.items() for rung in rungs(name, rules)]
+    else:
+        if "uniform" in others:
+            budgets = {round(max(rules.density(length) for length in wanted), 4) for rules in plans.values()}
+            plans |= {f"uniform {100 * each:.3g} %": Plan.uniform(loaded.identity, each) for each in sorted(budgets)}
+        methods = [dense[name] for name in others if name in dense]
+        methods += [Method(name, rules) for name, rules in plans.items()]
 
     machine = {"device": device_info([device])}
 
     def run(left: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         known = left["rows"] if left.get("device") == machine["device"] else []
         return machine | measure(
-            loaded, plans, dense, wanted, rows, steps, Progress(quiet), known, lambda found: keep(machine | found)
+            loaded, methods, wanted, rows, steps, Progress(quiet), known, lambda found: keep(machine | found)
         )
 
     report(json, to_markdown, run)

@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
-from moa.benchmark.throughput import ROUNDS, decode_in_turn, kv_bytes
+from moa.benchmark.throughput import ROUNDS, Method, decode_in_turn, kv_bytes
 from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
@@ -169,9 +169,11 @@ def measure(
         rows.append(_row(name, density, task, at.length, values, parts))
     if config.decode_steps:
         longest = measures[-1]
-        for decoder, seconds in decode_in_turn(loaded, plans, longest.length, 1, config.decode_steps):
-            density = 1.0 if decoder.plan is None else decoder.plan.density(longest.length)
-            rows.append(_row(decoder.name, density, SPEED, longest.length, [1 / second for second in seconds], ()))
+        methods = [Method(name, plan) for name, plan in plans.items()]
+        for decoder, seconds in decode_in_turn(loaded, methods, longest.length, 1, config.decode_steps):
+            name, plan = decoder.method.name, decoder.method.plan
+            density = 1.0 if plan is None else plan.density(longest.length)
+            rows.append(_row(name, density, SPEED, longest.length, [1 / second for second in seconds], ()))
     return rows
 
 
