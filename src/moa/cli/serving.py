@@ -47,12 +47,14 @@ def size(
     from moa.plan import ModelIdentity, Plan
     from moa.serving.deal import dealable
     from moa.serving.sizing import sizes, to_json, to_markdown
+    from moa.serving.support import check_servable
 
     if (model is None) == (shape is None):
         raise InputError("give a model or a --shape, one of the two")
     if shape is not None and shape not in SHAPES:
         raise InputError(f"unknown --shape {shape!r}; expected one of {', '.join(SHAPES)}")
     config = load_config(str(model)) if shape is None else SHAPES[shape]
+    check_servable(config)
     identity = ModelIdentity.of(config)
     plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
     for rules in plans.values():

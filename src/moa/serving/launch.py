@@ -10,6 +10,7 @@ from moa.models import load_config, locate
 from moa.plan import ModelIdentity, Plan
 from moa.progress import SILENT, Progress
 from moa.serving.groups import head_groups
+from moa.serving.support import check_servable
 
 ARCHITECTURE = "MoAForCausalLM"
 _OVERRIDES = "--hf-overrides"
@@ -35,12 +36,15 @@ def server_command(
     ------
     InputError
         If vLLM is not installed, or the options name ``--hf-overrides`` themselves.
+    UnsupportedModelError
+        If this model cannot be served under a plan.
     PlanError
         If the plan cannot be read, is for another model, or cannot be served on so many ranks.
     """
     if any(option.split("=")[0] == _OVERRIDES for option in options):
         raise InputError(f"moa serve sets {_OVERRIDES} itself; to pass your own, start vLLM as docs/serving.md says")
     config = load_config(model)
+    check_servable(config)
     rules = Plan.load(plan)
     rules.check_fits(ModelIdentity.of(config))
     head_groups(rules, length or 1024, _ranks(options))

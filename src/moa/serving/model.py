@@ -19,6 +19,7 @@ from moa.serving.attention import SpanBackend
 from moa.serving.deal import dealable, dealt
 from moa.serving.groups import HeadGroups, head_groups
 from moa.serving.pages import SpanSpec
+from moa.serving.support import check_servable
 
 _LOG = init_logger("vllm.moa")  # of which vLLM shows what it says
 
@@ -134,6 +135,7 @@ def served_groups(vllm_config: VllmConfig) -> HeadGroups:
     if source is None:
         raise PlanError('no plan is named; pass --hf-overrides \'{"moa_plan": "plan.json", ...}\', or use `moa serve`')
     _check(vllm_config)
+    check_servable(config)
     plan = Plan.load(source)
     plan.check_fits(ModelIdentity.of(config))
     length = getattr(config, "moa_length", None) or vllm_config.model_config.max_model_len

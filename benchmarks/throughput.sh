@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Decoding of whole models (random weights) on one GPU: every throughput result of a card, one after another.
+# usage: throughput.sh CARD [RESULT...]     CARD names the files: h100 writes benchmarks/results/throughput_h100*.json
+# RESULT: some of main, short, batch8, gqa, ladder; all without it. Twenty minutes on an H100.
+set -euo pipefail
+card=${1:?usage: throughput.sh CARD [RESULT...]}
+shift
+folder=$(dirname "$0")/results
+
+bench() { # NAME OPTION...
+  local name=$1
+  shift
+  moa bench throughput "$@" --steps 8 --json "$folder/throughput_$card$name.json"
+}
+
+for result in "${@:-main short batch8 gqa ladder}"; do
+  for one in $result; do
+    case $one in
+      main) bench "" --shape llama-7b --lengths 4096,8192,16384 --batch max --against dense-dynamic,dense-static ;;
+      short) bench _short --shape llama-7b --lengths 512 --batch 1 --against dense-static ;;
+      batch8) bench _batch8 --shape llama-7b --lengths 16384 --batch 8 --against dense-static ;;
+      gqa) bench _gqa --shape llama3-8b --lengths 32768,131072 --density 0.5,0.25 --batch max --against dense-static ;;
+      ladder) bench _ladder --shape llama-7b --lengths 4096 --ladder ;;
+      *)
+        echo "throughput.sh: no result is called $one; expected main, short, batch8, gqa or ladder" >&2
+        exit 1
+        ;;
+    esac
+  done
+done
