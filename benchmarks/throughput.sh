@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Decoding of whole models (random weights) on one GPU: every throughput result of a card, one after another.
 # usage: throughput.sh CARD [RESULT...]     CARD names the files: h100 writes benchmarks/results/throughput_h100*.json
-# RESULT: some of main, short, batch8, gqa, ladder; all without it. Twenty minutes on an H100.
+# RESULT: some of main, short, batch8, gqa, ladder; all without it.
 set -euo pipefail
 card=${1:?usage: throughput.sh CARD [RESULT...]}
 shift

@@ -94,12 +94,13 @@ class SpanLayer(CacheLayerMixin):
         self.store.written += 1
 
     def _count(self, new: int | np.ndarray) -> None:
-        if (self.seen + new > self.lengths).any():
+        seen = self.seen + new
+        if (seen > self.lengths).any():
             raise CacheError(
                 f"the SpanCache was planned for {self.lengths.tolist()} tokens a row, but would now hold "
-                f"{(self.seen + new).tolist()}; give it the total length, or call cache.grow(lengths) first"
+                f"{seen.tolist()}; give it the total length, or call cache.grow(lengths) first"
             )
-        self.seen = self.seen + new
+        self.seen = seen
 
     # What transformers may ask ---------------------------------------------------------------------------------------
 

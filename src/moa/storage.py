@@ -47,6 +47,8 @@ class SpanStore:
         On the host; a backend that counts on the device (`on_device`) counts here as well.
     order : int64 [pairs]
         Storage order: pair ``order[i]`` is the i-th in the buffers.
+    in_order : bool
+        Whether that is the order of the pairs.
     groups : tuple of Group
     sink : int
         Slots of a pair that are never overwritten.
@@ -57,6 +59,8 @@ class SpanStore:
         self.sink = sink
         self.capacity = capacity.reshape(-1).astype(np.int64)
         self.order = np.argsort(self.capacity, kind="stable")
+        self.in_order = bool((self.order == np.arange(len(self.order))).all())
+        self._ring = np.maximum(self.capacity - sink, 1)
         ordered = self.capacity[self.order]
         starts = np.concatenate([[0], np.cumsum(ordered)])
         self.offset = np.empty_like(self.capacity)
@@ -83,9 +87,8 @@ class SpanStore:
 
     def slot(self, pairs: np.ndarray | slice, tokens: np.ndarray) -> np.ndarray:
         """Slots of the pairs' ``tokens``-th tokens; shapes broadcast."""
-        capacity = self.capacity[pairs]
-        ring = np.maximum(capacity - self.sink, 1)
-        return self.offset[pairs] + np.where(tokens < capacity, tokens, self.sink + (tokens - self.sink) % ring)
+        ring = self.sink + (tokens - self.sink) % self._ring[pairs]
+        return self.offset[pairs] + np.where(tokens < self.capacity[pairs], tokens, ring)
 
     def ordered_slots(self, pair: int) -> np.ndarray:
         """Slots of what a pair holds, oldest first."""

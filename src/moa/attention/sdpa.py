@@ -106,8 +106,7 @@ def _decode(
 
     grouped = query.reshape(pairs, -1, dim)
     sink_logits = _logits_per_pair(options.sink_logits, rows, grouped.shape[:2])
-    in_place = len(store.groups) == 1
-    if not in_place:
+    if not store.in_order:
         grouped = grouped.index_select(0, store.to_order)
         sink_logits = None if sink_logits is None else sink_logits.index_select(0, store.to_order)
     stored = store.stored()[store.order].tolist()
@@ -116,17 +115,20 @@ def _decode(
         members = slice(group.first, group.last)
         filled = stored[members]
         most = max(filled)
+        full = most == group.keys.shape[1]
         outputs.append(
             decode_group(
                 grouped[members],
-                group.keys[:, :most],
-                group.values[:, :most],
+                group.keys if full else group.keys[:, :most],
+                group.values if full else group.values[:, :most],
                 options,
                 None if sink_logits is None else sink_logits[members],
                 None if min(filled) == most else torch.tensor(filled, device=query.device),
             )
         )
-    output = outputs[0] if in_place else torch.cat(outputs).index_select(0, store.from_order)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if not store.in_order:
+        output = output.index_select(0, store.from_order)
     return output.view(rows, query_heads, 1, -1)
 
 
