@@ -6,25 +6,22 @@ set -euo pipefail
 card=${1:?usage: throughput.sh CARD [RESULT...]}
 shift
 folder=$(dirname "$0")/results
-
-bench() { # NAME OPTION...
-  local name=$1
-  shift
-  moa bench throughput "$@" --steps 8 --json "$folder/throughput_$card$name.json"
-}
-
-for result in "${@:-main short batch8 gqa ladder}"; do
-  for one in $result; do
-    case $one in
-      main) bench "" --shape llama-7b --lengths 4096,8192,16384 --batch max --against dense-dynamic,dense-static ;;
-      short) bench _short --shape llama-7b --lengths 512 --batch 1 --against dense-static ;;
-      batch8) bench _batch8 --shape llama-7b --lengths 16384 --batch 8 --against dense-static ;;
-      gqa) bench _gqa --shape llama3-8b --lengths 32768,131072 --density 0.5,0.25 --batch max --against dense-static ;;
-      ladder) bench _ladder --shape llama-7b --lengths 4096 --ladder ;;
-      *)
-        echo "throughput.sh: no result is called $one; expected main, short, batch8, gqa or ladder" >&2
-        exit 1
-        ;;
-    esac
-  done
+declare -A options=(
+  [main]="--shape llama-7b --lengths 4096,8192,16384 --batch max --against dense-dynamic,dense-static"
+  [short]="--shape llama-7b --lengths 512 --batch 1 --against dense-static"
+  [batch8]="--shape llama-7b --lengths 16384 --batch 8 --against dense-static"
+  [gqa]="--shape llama3-8b --lengths 32768,131072 --density 0.5,0.25 --batch max --against dense-static"
+  [ladder]="--shape llama-7b --lengths 4096 --ladder"
+)
+(($#)) || set -- main short batch8 gqa ladder
+for result in "$@"; do
+  if [[ ! -v options[$result] ]]; then
+    echo "throughput.sh: no result is called $result; expected main, short, batch8, gqa or ladder" >&2
+    exit 1
+  fi
+done
+for result in "$@"; do
+  file=$folder/throughput_${card}_$result.json
+  # shellcheck disable=SC2086 # several words each
+  moa bench throughput ${options[$result]} --steps 8 --json "${file/_main/}"
 done

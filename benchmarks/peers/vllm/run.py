@@ -1,5 +1,5 @@
-"""How fast vLLM decodes a model of some shape (random weights), as rows of `moa bench throughput`. Run in vLLM's own
-environment, with a folder that config.py wrote:
+"""How fast vLLM decodes a model of some shape (random weights): rows with the fields of `moa bench throughput`, as far
+as vLLM can tell them. Run in vLLM's own environment, with a folder that config.py wrote:
 
 python run.py FOLDER --lengths 4096,8192,16384 --json vllm.json
 
@@ -64,7 +64,7 @@ def measure(llm, length, batch):
 
 def copy_bandwidth(device):
     """Bytes a second of the fastest of some large copies, read and written."""
-    source = torch.empty(1 << 30 if device == "cuda" else 1 << 28, dtype=torch.uint8, device=device)
+    source = torch.ones(1 << 30 if device == "cuda" else 1 << 28, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), math.inf
     for _ in range(10):
         if device == "cuda":
