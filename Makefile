@@ -26,8 +26,9 @@ demo: $(VENV)/.ready
 	$(BIN)/moa eval demo --plan $(RUN)/plan-50.json --plan $(RUN)/plan-25.json --lengths 1024 --items 20 \
 	  --tasks passkey --json $(RESULT).json
 
+# two processes of one thread each are faster than one of two
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # vLLM wants versions of its own, and its CPU build comes with packages that do not work beside this torch.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt

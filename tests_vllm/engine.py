@@ -32,10 +32,16 @@ def counters(scheduler, engine_config):
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
     config = scheduler.kv_cache_config
-    memory = max(tensor.size for tensor in config.kv_cache_tensors)  # which the groups share
+    sizes = [tensor.size for tensor in config.kv_cache_tensors]
+    if hasattr(engine_config, "max_in_flight_tokens"):
+        in_flight = engine_config.max_in_flight_tokens
+        memory = max(sizes)  # which the groups share
+    else:  # vLLM 0.23
+        in_flight = engine_config.scheduler_config.max_num_batched_tokens
+        memory = sum(sizes)  # of each layer of a group
     return {
         "blocks": config.num_blocks,
-        "in_flight": engine_config.max_in_flight_tokens,
+        "in_flight": in_flight,
         "concurrency": get_max_concurrency_for_kv_cache_config(engine_config, config),  # printed at the start
         "block_bytes": memory / config.num_blocks,
         "groups": len(config.kv_cache_groups),

@@ -129,6 +129,21 @@ def test_what_cannot_be_measured_is_refused(loaded, lengths, batch, steps, reaso
         bench_throughput(loaded, [DENSE_DYNAMIC], lengths, batch, steps)
 
 
+def test_too_many_sequences_are_an_error_that_says_so(loaded, monkeypatch):
+    """What was measured before is kept."""
+
+    def full(loaded, methods, length, *rest):
+        if length == LENGTH:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(loaded, methods, length, *rest)
+
+    kept, real = [], throughput._measured
+    monkeypatch.setattr(throughput, "_measured", full)
+    with pytest.raises(InputError, match=f"dense-dynamic: 3 sequences of {LENGTH:,} tokens do not fit on cpu"):
+        bench_throughput(loaded, [DENSE_DYNAMIC], [320, LENGTH], 3, STEPS, keep=kept.append)
+    assert [row["length"] for row in kept[-1]["rows"]] == [320]
+
+
 def test_the_ladder_takes_one_step_after_another(loaded, monkeypatch):
     """Its largest batches are looked for on a GPU; here they are said to be 1 for what is dense and 2 for the plan."""
     pytest.importorskip("triton")
@@ -166,6 +181,9 @@ def test_the_ladder_takes_one_step_after_another(loaded, monkeypatch):
         (["demo", "--batch", "most"], "--batch 'most'"),
         (["demo", "--ladder", "--density", "0.5,0.25"], "one --plan or one --density"),
         (["--shape", "llama-7b", "--dtype", "int7"], "int7"),
+        # before the model is made
+        (["--shape", "llama-13b", "--device", "cpu", "--batch", "max"], "on a GPU only"),
+        (["--shape", "llama-13b", "--device", "cpu", "--ladder"], "on a GPU only"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, reason, capsys):

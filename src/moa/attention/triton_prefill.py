@@ -16,7 +16,7 @@ from moa.attention.triton_store import tile_size
 
 
 @triton.jit
-def _tile(
+def softmax_step(
     q,
     high,
     total,
@@ -140,7 +140,7 @@ def _prefill_kernel(
             age = slot - sink - oldest
             j = tl.where(slot < sink, slot, sink + tl.where(age < 0, age + window, age))
             seen = live[None, :] & ((j < sink)[None, :] | (past + m[:, None] - j[None, :] < window))
-            high, total, mixed = _tile(
+            high, total, mixed = softmax_step(
                 q,
                 high,
                 total,
@@ -182,7 +182,7 @@ def _prefill_kernel(
         b = at + n
         live = b < limit
         seen = (b[None, :] <= m[:, None]) & ((b < near)[None, :] | (m[:, None] - b[None, :] < window))
-        high, total, mixed = _tile(
+        high, total, mixed = softmax_step(
             q,
             high,
             total,
@@ -199,7 +199,7 @@ def _prefill_kernel(
             SOFTCAP,
         )
     for at in range(edge, diagonal, BLOCK_N):
-        high, total, mixed = _tile(
+        high, total, mixed = softmax_step(
             q,
             high,
             total,

@@ -168,7 +168,8 @@ def bench_throughput(
     Raises
     ------
     InputError
-        If a length is beyond the model's context or too short for the steps, or the device cannot do it.
+        If a length is beyond the model's context or too short for the steps, the device cannot do it, or has not the
+        memory for so many sequences.
     """
     if (batch is not None and batch < 1) or steps < 1 or not lengths:
         raise InputError("a measurement needs at least one length, one sequence and one step")
@@ -204,7 +205,14 @@ def bench_throughput(
         if taken is None:
             rows += _at_largest_batch(loaded, group, length, steps, bandwidth)
         else:
-            rows += _measured(loaded, group, length, taken, steps, bandwidth)
+            try:
+                rows += _measured(loaded, group, length, taken, steps, bandwidth)
+            except torch.OutOfMemoryError as error:
+                names = ", ".join(method.name for method in group)
+                raise InputError(
+                    f"{names}: {taken} sequences of {length:,} tokens do not fit on {loaded.model.device}; ask for "
+                    "fewer (--batch, or --batch max), or measure without"
+                ) from error
         keep(result())
         _free(loaded.model)
     return result()
@@ -231,8 +239,7 @@ def _at_largest_batch(
 ) -> list[Row]:
     """From the batch whose keys and values alone would fill the memory downwards, until one fits."""
     device = loaded.model.device
-    if device.type != "cuda":
-        raise InputError(f"the largest batch is looked for on a GPU only, not on {device}; give a number")
+    check_searches(device)
     plan = methods[0].plan or Plan.dense(loaded.identity)
     _free(loaded.model)
     batch = torch.cuda.mem_get_info(device)[0] // plan.kv_bytes(length, loaded.model.dtype)
@@ -245,6 +252,12 @@ def _at_largest_batch(
         batch = min(batch - 1, int(batch * _SHRINK))
     names = ", ".join(method.name for method in methods)
     raise InputError(f"{names}: not even one sequence of {length:,} tokens fits on {device}")
+
+
+def check_searches(device: torch.device) -> None:
+    """Raise InputError where the largest batch cannot be looked for."""
+    if device.type != "cuda":
+        raise InputError(f"the largest batch is looked for on a GPU only, not on {device}; give a number")
 
 
 def _free(model: Any) -> None:

@@ -64,7 +64,14 @@ def throughput(
     import torch
 
     from moa.benchmark.shapes import SHAPES, random_model
-    from moa.benchmark.throughput import DENSE_DYNAMIC, DENSE_STATIC, Method, to_markdown, typical_plan
+    from moa.benchmark.throughput import (
+        DENSE_DYNAMIC,
+        DENSE_STATIC,
+        Method,
+        check_searches,
+        to_markdown,
+        typical_plan,
+    )
     from moa.benchmark.throughput import bench_throughput as measure
     from moa.benchmark.throughput import ladder as rungs
     from moa.evaluation.compare import device_info
@@ -86,8 +93,10 @@ def throughput(
     densities = [] if plans else densities_of(density)
     if ladder and len(plans) + len(densities) != 1:
         raise InputError("--ladder takes one --plan or one --density")
+    on = pick_device(device)
+    if rows is None:
+        check_searches(on)
     if shape is not None:
-        on = pick_device(device)
         weights = pick_dtype(dtype, on)
         loaded = random_model(shape, on, weights if isinstance(weights, torch.dtype) else torch.bfloat16)
     else:

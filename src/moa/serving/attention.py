@@ -1,60 +1,30 @@
-"""Span attention over vLLM's pages, by PyTorch's operators: right on any device, made for the CPU build of vLLM.
+"""What vLLM asks of an attention: a backend, what a step of it is, and the attention of a layer under a plan.
 
-What a step reads depends on the group alone, so the pages' slots and the masks are worked out once for a group and
-serve all of its heads. Requests that decode one token are attended together; a chunk of a prompt by itself.
+Each group of heads has a table of pages of its own, for which vLLM describes every step. A layer's heads are of several
+groups, and attended at once: by our kernels on a GPU, by PyTorch's operators elsewhere.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What the queries of some requests, all with as many queries, read.
-
-    Attributes
-    ----------
-    queries : int64 [requests, queries]
-        Rows of the step's tokens.
-    page, offset : int64 [requests, keys]
-        Where the keys lie; anywhere where none is.
-    mask : bool [requests, 1, queries, keys]
-        What each query sees.
-    """
-
-    queries: torch.Tensor
-    page: torch.Tensor
-    offset: torch.Tensor
-    mask: torch.Tensor
+from moa.serving import paged
+from moa.serving.paged import Step
 
 
-@dataclass(frozen=True)
-class SpanMetadata:
-    """A step, for the heads of a group.
+class SpanMetadataBuilder(AttentionMetadataBuilder[Step]):
+    """A group's `Step` from what vLLM says about all groups. On a GPU nothing is read from the device."""
 
-    Attributes
-    ----------
-    page, offset : int64 [tokens]
-        Where the keys and values of the new tokens go.
-    readings : tuple of Reading
-    """
-
-    page: torch.Tensor
-    offset: torch.Tensor
-    readings: tuple[Reading, ...]
-
-
-class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
-    """Works out a group's `SpanMetadata` from vLLM's block table."""
+    # a recorded graph holds steps of single tokens; their tables, slots and lengths stay where they are
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -63,46 +33,23 @@ class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SpanMetadata:
+    ) -> Step:
         """What vLLM calls once for each step and group."""
         common = common_attn_metadata
-        starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()
-        lengths = common.seq_lens[: common.num_reqs].cpu().long()
-        counts = starts.diff()
-        slots = common.slot_mapping[: common.num_actual_tokens].long()
-        one = torch.nonzero((counts == 1) & (lengths > 0))[:, 0]
-        groups = [one] if len(one) else []
-        groups += [request[None] for request in torch.nonzero((counts > 1) & (lengths > 0))[:, 0]]
-        table = common.block_table_tensor
-        readings = tuple(
-            self._reading(starts[which], counts[which], lengths[which], table[which.to(table.device)].long())
-            for which in groups
-        )
-        return SpanMetadata(slots // self._size, slots % self._size, readings)
-
-    def _reading(
-        self, starts: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor
-    ) -> Reading:
-        queries = int(counts[0])
-        first = lengths - queries  # position of the first query
-        begin = (first - self._window + 1).clamp(min=self._sink)  # of the window, beyond the sink
-        window = begin[:, None] + torch.arange(max(0, int((lengths - begin).max())))
-        key = torch.cat([torch.arange(self._sink).expand(len(starts), -1), window], 1)
-        query = first[:, None] + torch.arange(queries)
-        distance = query[:, :, None] - key[:, None, :]
-        seen = (distance >= 0) & ((key[:, None, :] < self._sink) | (distance < self._window))
-        key = key.minimum(lengths[:, None] - 1)  # what is not there is not seen
-        device = table.device
-        return Reading(
-            queries=(starts[:, None] + torch.arange(queries)).to(device),
-            page=table.gather(1, (key // self._size).to(device)),
-            offset=(key % self._size).to(device),
-            mask=seen[:, None].to(device),
+        return Step(
+            table=common.block_table_tensor,
+            slots=common.slot_mapping[: common.num_actual_tokens],
+            starts=common.query_start_loc[: common.num_reqs + 1],
+            lengths=common.seq_lens[: common.num_reqs],
+            most=common.max_query_len,
+            sink=self._sink,
+            window=self._window,
+            size=self._size,
         )
 
 
 class SpanAttentionImpl(AttentionImpl):
-    """Attention of one KV head and its query heads."""
+    """Attention of a layer: of all of its KV heads on this rank, and their query heads."""
 
     def __init__(
         self,
@@ -121,12 +68,12 @@ class SpanAttentionImpl(AttentionImpl):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: SpanMetadata | None,
+        attn_metadata: Step | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -135,27 +82,29 @@ class SpanAttentionImpl(AttentionImpl):
 
         Parameters
         ----------
+        layer : moa.serving.model.SpanLayer
+            Whose ``heads`` name the pages and the step of each KV head.
         query, output : [tokens, query heads, head_dim]
-        key, value : [tokens, 1, head_dim]
-        kv_cache : [pages, 1, tokens of a page, 2 * head_dim]
-            Keys, then values.
-        attn_metadata : SpanMetadata or None
-            None where vLLM warms up.
+        key, value : [tokens, kv_heads, head_dim]
+        kv_cache, attn_metadata
+            The first head's, as vLLM has it; without metadata, vLLM warms up.
         """
         if attn_metadata is None:
             return output.zero_()
-        pages = kv_cache[:, 0]
-        new = torch.cat([key[:, 0], value[:, 0]], -1)[: len(attn_metadata.page)]
-        pages[attn_metadata.page, attn_metadata.offset] = new.to(pages.dtype)
-        for reading in attn_metadata.readings:
-            stored = pages[reading.page, reading.offset].to(query.dtype)[:, None]  # [requests, 1, keys, 2 head_dim]
-            keys, values = stored.split(self.head_size, -1)
-            q = query[reading.queries].transpose(1, 2)  # [requests, query heads, queries, head_dim]
-            heads = (-1, self.num_heads, -1, -1)
-            found = scaled_dot_product_attention(
-                q, keys.expand(heads), values.expand(heads), attn_mask=reading.mask, scale=self.scale
-            )
-            output[reading.queries] = found.transpose(1, 2)
+        steps = get_forward_context().attn_metadata
+        if query.is_cuda:
+            from moa.serving.triton_paged import attend
+        else:
+            attend = paged.attend
+        attend(
+            query,
+            key,
+            value,
+            [head.kv_cache[:, 0] for head in layer.heads],  # [pages, 1, size, 2 * head_dim] each
+            [steps[head.layer_name] for head in layer.heads],
+            self.scale,
+            output,
+        )
         return output
 
 
@@ -179,6 +128,13 @@ class SpanBackend(AttentionBackend):
     def get_builder_cls() -> type[SpanMetadataBuilder]:
         """What prepares a step."""
         return SpanMetadataBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """Keys, then values, of each token; later versions of vLLM have this shape by themselves."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -1,4 +1,4 @@
-"""`MoAForCausalLM`: vLLM's Transformers model, whose attention layers hold one attention for each KV head."""
+"""`MoAForCausalLM`: vLLM's Transformers model, in whose layers every KV head has pages of its own."""
 
 from collections.abc import Iterable
 from functools import cached_property, partial
@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -24,50 +25,71 @@ from moa.serving.support import check_servable
 _LOG = init_logger("vllm.moa")  # of which vLLM shows what it says
 
 
-class SpanAttention(Attention):
-    """vLLM's attention of one KV head, which sees its sink and its window.
+class SpanHead(AttentionLayerBase):
+    """A KV head, to vLLM a layer of its own: it has pages, and a step is described for it.
 
     Parameters
     ----------
-    span, sink, group : int
-        Of the head's group.
-    kwargs
-        For vLLM's attention.
+    place : int
+        Of the head, as in `HeadGroups`. The name that vLLM knows says what the head stores, not where it sits: so it is
+        the same on every rank.
+    groups : HeadGroups
+    head_size : int
+    dtype : torch.dtype
+        Of the pages.
     """
 
-    def __init__(self, span: int, sink: int, group: int, **kwargs: Any):
-        super().__init__(**kwargs, per_layer_sliding_window=span - sink, attn_backend=SpanBackend)
-        self._sink, self._group = sink, group
+    def __init__(self, place: int, groups: HeadGroups, head_size: int, dtype: torch.dtype):
+        self.layer_name = name_of(place)
+        self.kv_cache = torch.tensor([])  # vLLM puts the pages here
+        group = place // groups.size
+        sink = groups.plan.sink
+        self._spec: dict[str, Any] = {
+            "num_kv_heads": 1,
+            "head_size": head_size,
+            "dtype": dtype,
+            "sliding_window": int(groups.spans[group]) - sink,
+            "sink": sink,
+            "group": group,
+        }
+
+    def get_attn_backend(self) -> type[SpanBackend]:
+        """As of all heads."""
+        return SpanBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SpanSpec:
         """What this head's pages are like."""
-        return SpanSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=1,
-            head_size=self.head_size,
-            dtype=self.kv_cache_torch_dtype,
-            sliding_window=self.sliding_window,
-            sink=self._sink,
-            group=self._group,
-        )
+        return SpanSpec(block_size=vllm_config.cache_config.block_size, **self._spec)
 
 
-class SpanLayer(torch.nn.Module):
-    """The attention of a layer: that of its KV heads on this rank, side by side.
+def name_of(place: int) -> str:
+    """vLLM's name for the head at this place."""
+    return f"moa.heads.{place}"
+
+
+class SpanLayer(Attention):
+    """vLLM's attention of a layer under a plan. To vLLM it is the first of its KV heads, but it attends for all.
 
     Parameters
     ----------
     groups : HeadGroups
     num_heads, num_kv_heads : int
         Of this rank.
+    head_size : int
     prefix : str
         vLLM's name for the layer.
     kwargs
         For vLLM's attention.
+
+    Attributes
+    ----------
+    heads : list of SpanHead or SpanLayer
+        With ``layer_name`` and ``kv_cache`` of each KV head; the first is this layer.
     """
 
-    def __init__(self, groups: HeadGroups, num_heads: int, num_kv_heads: int, prefix: str, **kwargs: Any):
-        super().__init__()
+    def __init__(
+        self, groups: HeadGroups, num_heads: int, head_size: int, num_kv_heads: int, prefix: str, **kwargs: Any
+    ):
         own = [
             name for name in ("logits_soft_cap", "sinks", "per_layer_sliding_window") if kwargs.get(name) is not None
         ]
@@ -76,30 +98,29 @@ class SpanLayer(torch.nn.Module):
                 f"{prefix} has {', '.join(own)}, which serving a plan does not cover; serve this model without a plan, "
                 "or run it with moa.apply"
             )
-        kwargs.pop("logits_soft_cap", None)
         rank = get_tensor_model_parallel_rank()
-        places = groups.place[extract_layer_index(prefix), rank * num_kv_heads : (rank + 1) * num_kv_heads]
-        self.heads = torch.nn.ModuleList(
-            SpanAttention(
-                # the name says what the head stores, not where it sits: so it is the same on every rank
-                prefix=f"moa.heads.{place}",
-                span=int(groups.spans[place // groups.size]),
-                sink=groups.plan.sink,
-                group=place // groups.size,
-                num_heads=num_heads // num_kv_heads,
-                num_kv_heads=1,
-                **kwargs,
-            )
-            for place in places.tolist()
+        layer = extract_layer_index(prefix)
+        first, *others = groups.place[layer, rank * num_kv_heads : (rank + 1) * num_kv_heads].tolist()
+        super().__init__(
+            num_heads=num_heads,
+            head_size=head_size,
+            num_kv_heads=num_kv_heads,
+            prefix=name_of(first),
+            attn_backend=SpanBackend,
+            **kwargs,
         )
+        known = get_current_vllm_config().compilation_config.static_forward_context
+        dtype = self.kv_cache_torch_dtype
+        self._first = SpanHead(first, groups, head_size, dtype)
+        self.heads: list[Any] = [self]
+        for place in others:
+            head = SpanHead(place, groups, head_size, dtype)
+            known[head.layer_name] = head
+            self.heads.append(head)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention, as vLLM's `Attention.forward`: [tokens, heads * head_dim]; heads of a KV head are neighbours."""
-        parts = zip(*(tensor.chunk(len(self.heads), -1) for tensor in (query, key, value)), strict=True)
-        found = [
-            head(*(part.contiguous() for part in together)) for head, together in zip(self.heads, parts, strict=True)
-        ]
-        return torch.cat(found, -1)
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SpanSpec:
+        """What the first head's pages are like."""
+        return self._first.get_kv_cache_spec(vllm_config)
 
 
 class MoAForCausalLM(TransformersForCausalLM):
@@ -107,10 +128,28 @@ class MoAForCausalLM(TransformersForCausalLM):
 
     @cached_property
     def _groups(self) -> HeadGroups:
-        return served_groups(self.vllm_config)
+        return served_groups(get_current_vllm_config())
 
     def _get_attn_cls(self) -> Any:
         return partial(SpanLayer, self._groups)
+
+    def create_attention_instances(self) -> dict[int, SpanLayer]:
+        """The layers' attention, for versions of vLLM (0.23) that do not ask `_get_attn_cls`."""
+        config, parallel = self.model_config, self.parallel_config
+        size = config.get_head_size()
+        return {
+            layer: SpanLayer(
+                self._groups,
+                num_heads=config.get_num_attention_heads(parallel),
+                head_size=size,
+                num_kv_heads=config.get_num_kv_heads(parallel),
+                prefix=f"{layer}.attn",
+                scale=size**-0.5,  # until transformers says otherwise
+                cache_config=self.cache_config,
+                quant_config=self.quant_config,
+            )
+            for layer in range(self.text_config.num_hidden_layers)
+        }
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM's, with the heads in the order in which they are dealt to the ranks."""

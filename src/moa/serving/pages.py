@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -35,9 +35,9 @@ class SpanSpec(SlidingWindowSpec):
         """Pages of the sink."""
         return -(-self.sink // self.block_size)
 
-    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+    def max_admission_blocks_per_request(self, *args: Any, max_model_len: int, **kwargs: Any) -> int:
         """Pages that one request holds at most."""
-        window: int = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        window: int = super().max_admission_blocks_per_request(*args, max_model_len=max_model_len, **kwargs)
         return min(window + self.sink_blocks, -(-max_model_len // self.block_size))
 
 
@@ -48,12 +48,17 @@ class SpanManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         self._sink_blocks = kv_cache_spec.sink_blocks
 
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
-    ) -> None:
-        """Free what no token to come will see."""
-        skipped = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
-        self._remove_blocks_in_range(request_id, self._sink_blocks, skipped)
+    def remove_skipped_blocks(self, request_id: str, processed_computed_tokens: int, *args: Any) -> None:
+        """Free what no token to come will see, last page first: before a page that is gone, all are."""
+        held = self.req_to_blocks.get(request_id, [])
+        skipped = min(self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size, len(held))
+        freed = []
+        for place in range(skipped - 1, self._sink_blocks - 1, -1):
+            if held[place] is self._null_block:
+                break
+            freed.append(held[place])
+            held[place] = self._null_block
+        self.block_pool.free_blocks(freed)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
@@ -70,8 +75,18 @@ class SpanManager(SlidingWindowManager):
     ) -> None:
         """Take over pages from the prefix cache."""
         super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        self._hold_sink(request_id, new_computed_blocks)
+
+    def allocate_new_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kwargs: Any
+    ) -> None:
+        """As `add_local_computed_blocks`, which vLLM 0.23 does not have."""
+        super().allocate_new_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        self._hold_sink(request_id, new_computed_blocks)
+
+    def _hold_sink(self, request_id: str, cached: Sequence[KVCacheBlock]) -> None:
         held = self.req_to_blocks[request_id]
-        for place, block in enumerate(new_computed_blocks[: self._sink_blocks]):
+        for place, block in enumerate(cached[: self._sink_blocks]):
             if held[place] is not block:  # left out, as before the window
                 self.block_pool.touch([block])
                 held[place] = block
@@ -87,9 +102,9 @@ class SpanManager(SlidingWindowManager):
         drop_eagle_block: bool,
         alignment_tokens: int,
         **kwargs: Any,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+    ) -> Any:
         """The longest cached prefix whose window and sink are all there."""
-        found, length = super().find_longest_cache_hit(
+        hit = super().find_longest_cache_hit(
             block_hashes,
             max_length,
             kv_cache_group_ids,
@@ -99,20 +114,19 @@ class SpanManager(SlidingWindowManager):
             alignment_tokens,
             **kwargs,
         )
-        hashes = resolve_block_hashes(
-            block_hashes,
-            block_pool.hash_block_size,
-            kv_cache_spec.block_size,
-            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
-            alignment_tokens=alignment_tokens,
-        )
+        counted = isinstance(hit[-1], int)  # vLLM 0.23 returns the pages alone, later ones the tokens as well
+        found = hit[0] if counted else hit
+        size, unit = kv_cache_spec.block_size, block_pool.hash_block_size
+        if size != unit and not isinstance(block_hashes, BlockHashListWithBlockSize):
+            block_hashes = BlockHashListWithBlockSize(block_hashes, unit, size)
         for place in range(min(kv_cache_spec.sink_blocks, len(found[0]))):
-            cached = block_pool.get_cached_block(hashes[place], kv_cache_group_ids)
+            cached = block_pool.get_cached_block(block_hashes[place], kv_cache_group_ids)
             if not cached:
-                return tuple([] for _ in kv_cache_group_ids), 0
+                nothing: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
+                return (nothing, 0) if counted else nothing
             for blocks, block in zip(found, cached, strict=True):
                 blocks[place] = block
-        return found, length
+        return hit
 
     @classmethod
     def reachable_block_mask(cls, start_block: int, end_block: int, *args: Any, **kwargs: Any) -> list[bool] | None:
