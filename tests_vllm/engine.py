@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler's counters are read from here
 
@@ -17,7 +18,8 @@ def main(job_file, result_file):
     job = json.loads(Path(job_file).read_text())
     from vllm import LLM
 
-    llm = LLM(**job["options"], enforce_eager=True, dtype="float32", seed=0, disable_log_stats=True)
+    eager = not torch.cuda.is_available()  # on a GPU steps are compiled and recorded
+    llm = LLM(**job["options"], enforce_eager=eager, dtype="float32", seed=0, disable_log_stats=True)
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     result = counters(scheduler, engine.vllm_config)

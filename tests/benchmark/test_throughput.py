@@ -7,20 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from moa.benchmark import throughput
+from moa.benchmark import decoding, throughput
+from moa.benchmark.decoding import DENSE_DYNAMIC, DENSE_STATIC, ROUNDS, Method, decode_in_turn
 from moa.benchmark.shapes import random_model
-from moa.benchmark.throughput import (
-    DENSE_DYNAMIC,
-    DENSE_STATIC,
-    ROUNDS,
-    Method,
-    Row,
-    bench_throughput,
-    decode_in_turn,
-    ladder,
-    to_markdown,
-    typical_plan,
-)
+from moa.benchmark.throughput import Row, bench_throughput, ladder, to_markdown, typical_plan
 from moa.cli import main
 from moa.errors import InputError
 from moa.models import LoadedModel
@@ -48,13 +38,13 @@ def test_shapes_have_the_sizes_of_their_models(shape, billions):
 @pytest.mark.parametrize("compiles", [False, True])
 def test_plans_compile_where_it_is_asked_for_only(loaded, compiles, monkeypatch):
     """`moa eval`, which times a few steps, does not ask, though one plan may be all that it times."""
-    real, asked = throughput.apply, []
+    real, asked = decoding.apply, []
 
     def spy(model, plan, backend, *, compile):
         asked.append(compile)
         return real(model, plan, backend, compile=compile)
 
-    monkeypatch.setattr(throughput, "apply", spy)
+    monkeypatch.setattr(decoding, "apply", spy)
     options = {"compiles": True} if compiles else {}
     decode_in_turn(loaded, [Method("half", typical_plan(loaded.identity, 0.5))], LENGTH, 1, STEPS, **options)
     assert set(asked) == {compiles}
@@ -147,7 +137,7 @@ def test_too_many_sequences_are_an_error_that_says_so(loaded, monkeypatch):
 def test_the_ladder_takes_one_step_after_another(loaded, monkeypatch):
     """Its largest batches are looked for on a GPU; here they are said to be 1 for what is dense and 2 for the plan."""
     pytest.importorskip("triton")
-    used, real = [], throughput.Decoder
+    used, real = [], decoding.Decoder
 
     def spy(loaded, method, length, batch, *rest):
         used.append((method.plan is not None, method.static, method.backend, batch))
@@ -156,7 +146,7 @@ def test_the_ladder_takes_one_step_after_another(loaded, monkeypatch):
     def largest(loaded, methods, length, steps, bandwidth):
         return throughput._measured(loaded, methods, length, 1 + (methods[0].plan is not None), steps, bandwidth)
 
-    monkeypatch.setattr(throughput, "Decoder", spy)
+    monkeypatch.setattr(decoding, "Decoder", spy)
     monkeypatch.setattr(throughput, "_at_largest_batch", largest)
     rungs = ladder("half", Plan.uniform(loaded.identity, 0.5))
     rows = bench_throughput(loaded, rungs, [64], None, 1)["rows"]

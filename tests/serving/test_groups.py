@@ -73,3 +73,12 @@ def test_the_served_plan_is_a_plan(tmp_path):
 def test_heads_that_ranks_cannot_share():
     with pytest.raises(PlanError, match=r"3 KV heads, which 2 tensor-parallel ranks cannot share.*divides 3"):
         head_groups(plan_of(6, 3, 2), LENGTH, ranks=2)
+
+
+def test_a_digest_tells_groups_apart():
+    """What is compiled for one plan must not be taken for another's."""
+    plan = plan_of(6, 4, seed=0)
+    others = [head_groups(plan, 8192), head_groups(plan, LENGTH, ranks=2), head_groups(plan_of(6, 4, seed=1), LENGTH)]
+    digests = {groups.digest() for groups in [head_groups(plan, LENGTH), *others]}
+    assert len(digests) == 4
+    assert head_groups(plan_of(6, 4, seed=0), LENGTH).digest() in digests

@@ -1,12 +1,23 @@
 """Models whose layers do more than attend over a span are refused before a server or a calculation starts."""
 
 import pytest
-from transformers import AutoConfig, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 from moa.cli import main
 from moa.errors import UnsupportedModelError
 from moa.serving.launch import server_command
-from moa.serving.support import check_servable
+from moa.serving.support import check_modules, check_servable
 
 
 @pytest.mark.parametrize(
@@ -21,6 +32,19 @@ from moa.serving.support import check_servable
 )
 def test_plain_attention_is_served(config):
     check_servable(config)
+
+
+def test_what_only_the_model_shows_is_named():
+    def model(config):
+        with torch.device("meta"):
+            return AutoModel.from_config(config)
+
+    check_modules(model(LlamaConfig(num_hidden_layers=1)))
+    full = GptOssConfig(num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn has learned sinks"):
+        check_modules(model(full))
+    with pytest.raises(UnsupportedModelError, match="is not causal"):
+        check_modules(model(BertConfig(num_hidden_layers=1)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import triton.language as tl
 from moa.attention.triton_store import tile_size
 
 BLOCK = 64  # keys of one step; pieces are multiples of it
-_SHORTEST, _LONGEST = 2 * BLOCK, 19 * BLOCK  # shorter pieces cost more to add up, longer ones end at different times
+_SHORTEST, LONGEST = 2 * BLOCK, 19 * BLOCK  # shorter pieces cost more to add up, longer ones end at different times
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -43,11 +43,11 @@ class WorkList:
     length: int
 
 
-def work_list(capacity: np.ndarray, device: torch.device, programs: int) -> WorkList:
+def work_list(capacity: np.ndarray, device: torch.device, programs: int, longest: int = LONGEST) -> WorkList:
     """Cut pairs of these capacities, int64 [pairs], into pieces of equal length: about ``programs`` of them, or more
-    where they would become too long.
+    where they would become longer than ``longest``, a multiple of `BLOCK`.
     """
-    length = min(max(BLOCK * -(-int(capacity.sum()) // (BLOCK * programs)), _SHORTEST), _LONGEST)
+    length = min(max(BLOCK * -(-int(capacity.sum()) // (BLOCK * programs)), _SHORTEST), longest)
     pieces = np.maximum(-(-capacity // length), 1)
     first = np.concatenate([[0], np.cumsum(pieces)])
     pair = np.repeat(np.arange(len(capacity)), pieces)

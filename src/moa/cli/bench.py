@@ -63,16 +63,10 @@ def throughput(
     """How fast a whole model decodes under plans and without, and how close to what its bytes allow."""
     import torch
 
+    from moa.benchmark.decoding import DENSE_DYNAMIC, DENSE_STATIC, Method
     from moa.benchmark.shapes import SHAPES, random_model
-    from moa.benchmark.throughput import (
-        DENSE_DYNAMIC,
-        DENSE_STATIC,
-        Method,
-        check_searches,
-        to_markdown,
-        typical_plan,
-    )
     from moa.benchmark.throughput import bench_throughput as measure
+    from moa.benchmark.throughput import check_searches, to_markdown, typical_plan
     from moa.benchmark.throughput import ladder as rungs
     from moa.evaluation.compare import device_info
     from moa.models import pick_device, pick_dtype

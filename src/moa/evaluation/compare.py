@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Table
 from transformers import DynamicCache
 
-from moa.benchmark.throughput import ROUNDS, Method, decode_in_turn, kv_bytes
+from moa.benchmark.decoding import ROUNDS, Method, decode_in_turn, kv_bytes
 from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores

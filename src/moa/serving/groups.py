@@ -7,6 +7,7 @@ so that no head sees less than the plan says. Nothing is lost to padding; what t
 Several ranks are first dealt heads of like spans (`moa.serving.deal`), since groups are the same on all of them.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,11 @@ class HeadGroups:
     def density(self) -> float:
         """Stored KV tokens over all KV tokens at ``length``."""
         return self.plan.density(self.length)
+
+    def digest(self) -> str:
+        """Tells these groups from others."""
+        parts = [self.order, self.place, self.spans, np.array([self.size, self.plan.sink])]
+        return hashlib.sha256(repr([part.tolist() for part in parts]).encode()).hexdigest()[:16]
 
 
 def head_groups(plan: Plan, length: int, ranks: int = 1, most: int = MOST_GROUPS, deals: bool = True) -> HeadGroups:

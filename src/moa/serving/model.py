@@ -20,7 +20,7 @@ from moa.serving.attention import SpanBackend
 from moa.serving.deal import dealable, dealt
 from moa.serving.groups import HeadGroups, head_groups
 from moa.serving.pages import SpanSpec
-from moa.serving.support import check_servable
+from moa.serving.support import check_modules, check_servable
 
 _LOG = init_logger("vllm.moa")  # of which vLLM shows what it says
 
@@ -34,13 +34,15 @@ class SpanHead(AttentionLayerBase):
         Of the head, as in `HeadGroups`. The name that vLLM knows says what the head stores, not where it sits: so it is
         the same on every rank.
     groups : HeadGroups
+    num_heads : int
+        Query heads of a layer: vLLM describes a step once for all layers that have as many.
     head_size : int
     dtype : torch.dtype
         Of the pages.
     """
 
-    def __init__(self, place: int, groups: HeadGroups, head_size: int, dtype: torch.dtype):
-        self.layer_name = name_of(place)
+    def __init__(self, place: int, groups: HeadGroups, num_heads: int, head_size: int, dtype: torch.dtype):
+        self.layer_name, self.num_heads = name_of(place), num_heads
         self.kv_cache = torch.tensor([])  # vLLM puts the pages here
         group = place // groups.size
         sink = groups.plan.sink
@@ -109,12 +111,18 @@ class SpanLayer(Attention):
             attn_backend=SpanBackend,
             **kwargs,
         )
-        known = get_current_vllm_config().compilation_config.static_forward_context
+        vllm_config = get_current_vllm_config()
         dtype = self.kv_cache_torch_dtype
-        self._first = SpanHead(first, groups, head_size, dtype)
+        if dtype != vllm_config.model_config.dtype:  # as some quantized checkpoints ask for
+            raise UnsupportedModelError(
+                f"under a plan vLLM does not serve with a KV cache of {dtype} for a model of "
+                f"{vllm_config.model_config.dtype}; use a checkpoint whose KV cache is not quantized"
+            )
+        known = vllm_config.compilation_config.static_forward_context
+        self._first = SpanHead(first, groups, num_heads, head_size, dtype)
         self.heads: list[Any] = [self]
         for place in others:
-            head = SpanHead(place, groups, head_size, dtype)
+            head = SpanHead(place, groups, num_heads, head_size, dtype)
             known[head.layer_name] = head
             self.heads.append(head)
 
@@ -131,10 +139,12 @@ class MoAForCausalLM(TransformersForCausalLM):
         return served_groups(get_current_vllm_config())
 
     def _get_attn_cls(self) -> Any:
+        check_modules(self.model)
         return partial(SpanLayer, self._groups)
 
     def create_attention_instances(self) -> dict[int, SpanLayer]:
         """The layers' attention, for versions of vLLM (0.23) that do not ask `_get_attn_cls`."""
+        check_modules(self.model)
         config, parallel = self.model_config, self.parallel_config
         size = config.get_head_size()
         return {
@@ -183,6 +193,8 @@ def served_groups(vllm_config: VllmConfig) -> HeadGroups:
     plain = vllm_config.quant_config is None and vllm_config.lora_config is None
     deals = ranks > 1 and plain and dealable(config)
     groups = head_groups(plan, length, ranks, deals=deals)
+    # what vLLM compiles holds the heads' names: under another plan of the same file name it compiles anew
+    config.moa_served = groups.digest()
     _LOG.info_once(
         "Plan %s at %d tokens: density %.3f, %.3f as served in %d groups of heads",
         source,

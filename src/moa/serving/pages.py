@@ -133,6 +133,8 @@ class SpanManager(SlidingWindowManager):
         """Which pages are worth caching; those of the sink always are."""
         mask: list[bool] | None = super().reachable_block_mask(start_block, end_block, *args, **kwargs)
         spec = kwargs["kv_cache_spec"] if "kv_cache_spec" in kwargs else args[1]
+        if spec.sliding_window == 1:
+            return None  # vLLM would keep nothing for such a window, and find no prefix
         if mask is not None:
             for block in range(start_block, min(end_block, spec.sink_blocks)):
                 mask[block - start_block] = True

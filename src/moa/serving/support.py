@@ -1,5 +1,6 @@
 """Which models can be served under a plan."""
 
+import torch
 from transformers import PretrainedConfig
 
 from moa.errors import UnsupportedModelError
@@ -24,3 +25,15 @@ def check_servable(config: PretrainedConfig) -> None:
             f"{text.model_type} has {' and '.join(own)}, which serving a plan does not cover; serve this model without "
             "a plan, or run it with moa.apply"
         )
+
+
+def check_modules(model: torch.nn.Module) -> None:
+    """As `check_servable`, for what only the model itself shows."""
+    for name, module in model.named_modules():
+        if not getattr(module, "is_causal", True):
+            raise UnsupportedModelError(f"{name} is not causal; a plan is for decoders, serve this model without one")
+        if hasattr(module, "sinks"):
+            raise UnsupportedModelError(
+                f"{name} has learned sinks, which serving a plan does not cover; serve this model without a plan, or "
+                "run it with moa.apply"
+            )

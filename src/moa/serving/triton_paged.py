@@ -3,8 +3,8 @@
 Every KV head has pages and a table of its own, so a kernel finds them through addresses: one row of int64 for each
 head. A step of single tokens is cut by tokens, not by heads, as in `moa.attention.triton_decode`: pieces of equal
 length, from a list that depends on the spans alone, for each request; how much of a piece is filled is read on the
-device, so that a CUDA graph can hold the step. A step with chunks of prompts walks over sink and window in tiles. The
-definition is `moa.serving.paged.attend`.
+device, so that a CUDA graph can hold the step. Chunks of prompts walk over sink and window in tiles of queries. Where a
+step has both, either kernel passes over the other's requests. The definition is `moa.serving.paged.attend`.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from moa.attention.triton_decode import BLOCK, LOG2_E, WorkList, add_pieces, work_list
+from moa.attention.triton_decode import BLOCK, LOG2_E, LONGEST, WorkList, add_pieces, work_list
 from moa.attention.triton_prefill import softmax_step
 from moa.attention.triton_store import tile_size
 from moa.serving.paged import Step
 
 _FIELDS = 6  # of a head: pages, their stride in rows of D numbers, table, its stride, slots, window
 _PROGRAMS = 132 * 8  # about as many pieces for all requests together keep a large GPU busy to the end
+_MANY = 32  # requests; of more, pieces may be longer
+_HALF, _FULL = (64, 4), (32, 8)  # queries, and keys, of a chunk's tile, and its warps; in float32 the latter
 
 
 # What these two give is kept for good: recorded graphs read it. An engine's pages and tables stay where they are, so
@@ -33,12 +35,21 @@ def _addresses(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch
 
 
 @cache
-def _pieces(spans: tuple[int, ...], programs: int, device: torch.device) -> WorkList:
-    """Pieces of the heads, for one request."""
-    return work_list(np.array(spans), device, programs)
+def _pieces(spans: tuple[int, ...], share: int, device: torch.device) -> WorkList:
+    """Pieces of one request's heads, where there are about ``share`` requests."""
+    programs = max(_PROGRAMS // share, len(spans))
+    return work_list(np.array(spans), device, programs, LONGEST * max(1, share // _MANY))
 
 
-@triton.jit
+@cache
+def _room(device: torch.device) -> int:
+    """Bytes that tiles may take on the chip."""
+    if device.type != "cuda":
+        return 1 << 20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 16 * 1024
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _store_kernel(
     key,
     value,
@@ -73,6 +84,7 @@ def _store_kernel(
 def _decode_kernel(
     query,
     heads,
+    starts,
     lengths,
     piece_head,
     piece_start,
@@ -94,14 +106,17 @@ def _decode_kernel(
 ):
     piece = tl.program_id(0)
     request = tl.program_id(1)
-    head = tl.load(piece_head + piece)
     start = tl.load(piece_start + piece)
+    head = tl.load(piece_head + piece)
     entry = heads + head * FIELDS
+    q_row = tl.load(starts + request)
+    tokens = tl.load(lengths + request)
+    visible = tl.minimum(tokens, sink + tl.load(entry + 5).to(tl.int32))
+    if (start >= visible) | (tl.load(starts + request + 1) - q_row != 1):
+        return
     pages = tl.multiple_of(tl.load(entry).to(tl.pointer_type(query.dtype.element_ty)), 16)
     stride = tl.load(entry + 1)
     table = tl.load(entry + 2).to(tl.pointer_type(tl.int32)) + request * tl.load(entry + 3)
-    tokens = tl.load(lengths + request)
-    visible = tl.minimum(tokens, sink + tl.load(entry + 5).to(tl.int32))
     gap = tokens - visible  # tokens between sink and window
     stop = tl.minimum(start + length, visible)
 
@@ -109,7 +124,7 @@ def _decode_kernel(
     d = tl.arange(0, D_TILE)
     n = tl.arange(0, BLOCK)
     q_mask = (g < GROUP)[:, None] & (d < D)[None, :]
-    q_at = query + request.to(tl.int64) * q_token + (head * GROUP + g)[:, None].to(tl.int64) * q_head + d[None, :]
+    q_at = query + q_row.to(tl.int64) * q_token + (head * GROUP + g)[:, None].to(tl.int64) * q_head + d[None, :]
     q = tl.load(q_at, mask=q_mask, other=0.0)
     high = tl.full([GROUP_TILE], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_TILE], tl.float32)
@@ -136,7 +151,7 @@ def _decode_kernel(
             True,
             False,
         )
-    row = (request * tl.num_programs(0) + piece) * GROUP + g
+    row = (request.to(tl.int64) * tl.num_programs(0) + piece) * GROUP + g
     tl.store(partial_high + row, high, mask=g < GROUP)
     tl.store(partial_sum + row, total, mask=g < GROUP)
     tl.store(partial + row[:, None] * D + d[None, :], mixed, mask=q_mask)
@@ -147,12 +162,17 @@ def _combine_kernel(
     partial,
     partial_high,
     partial_sum,
-    first,
+    heads,
+    starts,
     lengths,
+    first,
     output,
     pieces,
+    length,
+    sink,
     o_token,
     o_head,
+    FIELDS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
@@ -161,16 +181,19 @@ def _combine_kernel(
     request = tl.program_id(0)
     head = tl.program_id(1)
     g = tl.program_id(2)
-    begin = request * pieces + tl.load(first + head)
-    end = request * pieces + tl.load(first + head + 1)
+    o_row = tl.load(starts + request)
+    visible = tl.minimum(tl.load(lengths + request), sink + tl.load(heads + head * FIELDS + 5).to(tl.int32))
+    if (visible <= 0) | (tl.load(starts + request + 1) - o_row != 1):
+        return
+    begin = request.to(tl.int64) * pieces + tl.load(first + head)
+    end = begin + tl.cdiv(visible, length)
     high = tl.load(partial_high + begin * GROUP + g)
     mixed, total = add_pieces(
         partial, partial_high, partial_sum, begin, end, g, high, high * 0, GROUP, D, D_TILE, PIECES
     )
-    found = tl.where(tl.load(lengths + request) > 0, mixed / total, 0.0)
     d = tl.arange(0, D_TILE)
-    at = output + request.to(tl.int64) * o_token + (head * GROUP + g).to(tl.int64) * o_head
-    tl.store(at + d, found, mask=d < D)
+    at = output + o_row.to(tl.int64) * o_token + (head * GROUP + g).to(tl.int64) * o_head
+    tl.store(at + d, (mixed / total).to(output.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -182,6 +205,7 @@ def _chunk_kernel(
     output,
     scale_log2,
     sink,
+    requests,
     group,
     q_token,
     q_head,
@@ -191,16 +215,25 @@ def _chunk_kernel(
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    # Request r has the tiles from starts[r] // TILE + r on, more than it needs by one at most.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    low_request = 0
+    high_request = requests
+    while low_request < high_request:
+        middle = (low_request + high_request) // 2
+        if tl.load(starts + middle) // TILE + middle <= tile:
+            low_request = middle + 1
+        else:
+            high_request = middle
+    request = low_request - 1
     head = tl.program_id(1)
-    request = tl.program_id(2)
     row = tl.load(starts + request)
     new = tl.load(starts + request + 1) - row
     tokens = tl.load(lengths + request)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the tiles that see most begin first
-    if (first >= new) | (tokens == 0):
+    first = (tile - row // TILE - request) * TILE
+    if (first >= new) | (new == 1) | (tokens == 0):
         return
     entry = heads + head // group * FIELDS
     pages = tl.multiple_of(tl.load(entry).to(tl.pointer_type(query.dtype.element_ty)), 16)
@@ -208,21 +241,21 @@ def _chunk_kernel(
     table = tl.load(entry + 2).to(tl.pointer_type(tl.int32)) + request * tl.load(entry + 3)
     window = tl.load(entry + 5).to(tl.int32)
 
-    m = first + tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    m = first + tl.arange(0, TILE)
+    n = tl.arange(0, TILE)
     d = tl.arange(0, D_TILE)
     q_mask = (m < new)[:, None] & (d < D)[None, :]
     at_row = (row + m)[:, None].to(tl.int64)
     q = tl.load(query + at_row * q_token + head.to(tl.int64) * q_head + d[None, :], mask=q_mask, other=0.0)
     i = tokens - new + m
-    end = tokens - new + tl.minimum(first + BLOCK_M, new)  # one past the tile's last query
+    end = tokens - new + tl.minimum(first + TILE, new)  # one past the tile's last query
     low = tl.maximum(tokens - new + first - window + 1, 0)  # first key in any query's window
     near = tl.minimum(sink, low)
     visible = near + end - low
-    high = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, D_TILE], tl.float32)
-    for at in range(0, visible, BLOCK_N):
+    high = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    mixed = tl.zeros([TILE, D_TILE], tl.float32)
+    for at in range(0, visible, TILE):
         index = at + n
         live = index < visible
         j = tl.where(index < near, index, index - near + low)
@@ -246,7 +279,7 @@ def _chunk_kernel(
             False,
         )
     o_at = output + at_row * o_token + head.to(tl.int64) * o_head + d[None, :]
-    tl.store(o_at, mixed / total[:, None], mask=q_mask)
+    tl.store(o_at, (mixed / total[:, None]).to(output.dtype.element_ty), mask=q_mask)
 
 
 def attend(
@@ -258,7 +291,7 @@ def attend(
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    """As `moa.serving.paged.attend`; a step of single tokens has one for each request.
+    """As `moa.serving.paged.attend`.
 
     Parameters
     ----------
@@ -266,15 +299,26 @@ def attend(
         Last dimension contiguous, as of all. ``output`` is written, but for rows of no request.
     key, value : [tokens, kv_heads, head_dim]
     pages : for each KV head, [pages, size, 2 * head_dim]
-        Of the dtype of ``query``; tokens of a page one after the other.
+        Of the dtype of ``query``; a page's tokens one after the other, pages anywhere.
     steps : for each KV head, Step
         ``lengths`` and ``starts`` are the same in all of them.
     scaling : float
+
+    Raises
+    ------
+    ValueError
+        If pages are laid out in another way.
     """
     query_heads, d = query.shape[1:]
-    tokens, heads = len(steps[0].slots), key.shape[1]
+    heads = key.shape[1]
     group = query_heads // heads
     step = steps[0]
+    for page in pages:
+        if page.dtype != query.dtype or page.stride(0) % d or page.stride()[1:] != (2 * d, 1):
+            raise ValueError(
+                f"pages of {page.dtype} with strides {page.stride()}; expected {query.dtype}, and {2 * d} numbers of a "
+                "token after those of the one before"
+            )
     addresses = _addresses(
         tuple(
             (
@@ -290,13 +334,12 @@ def attend(
         query.device,
     )
     shape = d, tile_size(d), step.size
-    stages = 3 if tile_size(d) * query.element_size() <= 512 else 1  # what fits on the chip
     tile = 1 if step.most == 1 else 16
-    _store_kernel[(triton.cdiv(tokens, tile), heads)](
+    _store_kernel[(triton.cdiv(len(step.slots), tile), heads)](
         key,
         value,
         addresses,
-        tokens,
+        len(step.slots),
         *key.stride()[:2],
         *value.stride()[:2],
         _FIELDS,
@@ -304,37 +347,68 @@ def attend(
         tile,
         num_warps=4,
     )
-    requests = len(step.lengths)
+    bytes_of_row = 2 * tile_size(d) * query.element_size()  # of a key and a value
     if step.most > 1:
-        block = 64
-        _chunk_kernel[(triton.cdiv(step.most, block), query_heads, requests)](
-            query,
-            addresses,
-            step.starts,
-            step.lengths,
-            output,
-            scaling * LOG2_E.value,
-            step.sink,
-            group,
-            *query.stride()[:2],
-            *output.stride()[:2],
-            _FIELDS,
-            *shape,
-            block,
-            block,
-            num_warps=4,
-            num_stages=stages,
-        )
-        return
+        _chunk(query, addresses, step, scaling, output, group, shape, _room(query.device) // bytes_of_row)
     spans = tuple(min(each.sink + each.window, each.table.shape[1] * each.size) for each in steps)
-    work = _pieces(spans, max(_PROGRAMS // requests, heads), query.device)
-    pieces = len(work.pair)
+    _decode(query, addresses, step, scaling, output, group, shape, _room(query.device) // bytes_of_row, spans)
+
+
+def _chunk(
+    query: torch.Tensor,
+    addresses: torch.Tensor,
+    step: Step,
+    scaling: float,
+    output: torch.Tensor,
+    group: int,
+    shape: tuple[int, int, int],
+    rows: int,
+) -> None:
+    """``rows`` of keys and values have room on the chip."""
+    requests = len(step.lengths)
+    tile, warps = _HALF if query.element_size() == 2 else _FULL
+    _chunk_kernel[(len(query) // tile + requests, query.shape[1])](
+        query,
+        addresses,
+        step.starts,
+        step.lengths,
+        output,
+        scaling * LOG2_E.value,
+        step.sink,
+        requests,
+        group,
+        *query.stride()[:2],
+        *output.stride()[:2],
+        _FIELDS,
+        *shape,
+        tile,
+        num_warps=warps,
+        num_stages=min(max(rows // tile - 1, 1), 3),  # the queries take about a stage, too
+    )
+
+
+def _decode(
+    query: torch.Tensor,
+    addresses: torch.Tensor,
+    step: Step,
+    scaling: float,
+    output: torch.Tensor,
+    group: int,
+    shape: tuple[int, int, int],
+    rows: int,
+    spans: tuple[int, ...],
+) -> None:
+    """``rows`` of keys and values have room on the chip."""
+    requests = len(step.lengths)
+    work = _pieces(spans, triton.next_power_of_2(requests), query.device)
+    pieces, d = len(work.pair), shape[0]
     partial = torch.empty(requests * pieces * group, d, dtype=torch.float32, device=query.device)
     high = torch.empty(requests * pieces * group, dtype=torch.float32, device=query.device)
     total = torch.empty_like(high)
     _decode_kernel[(pieces, requests)](
         query,
         addresses,
+        step.starts,
         step.lengths,
         work.pair,
         work.start,
@@ -351,17 +425,22 @@ def attend(
         *shape,
         BLOCK,
         num_warps=2 if group == 1 else 8,
-        num_stages=4 if stages == 3 and d <= 128 else stages,
+        num_stages=min(max(rows // BLOCK, 1), 4),
     )
-    _combine_kernel[(requests, heads, group)](
+    _combine_kernel[(requests, len(spans), group)](
         partial,
         high,
         total,
-        work.first,
+        addresses,
+        step.starts,
         step.lengths,
+        work.first,
         output,
         pieces,
+        work.length,
+        step.sink,
         *output.stride()[:2],
+        _FIELDS,
         group,
         *shape[:2],
         64,
