@@ -347,11 +347,11 @@ def attend(
         tile,
         num_warps=4,
     )
-    bytes_of_row = 2 * tile_size(d) * query.element_size()  # of a key and a value
+    rows = _room(query.device) // (2 * tile_size(d) * query.element_size())
     if step.most > 1:
-        _chunk(query, addresses, step, scaling, output, group, shape, _room(query.device) // bytes_of_row)
+        _chunk(query, addresses, step, scaling, output, group, shape, rows)
     spans = tuple(min(each.sink + each.window, each.table.shape[1] * each.size) for each in steps)
-    _decode(query, addresses, step, scaling, output, group, shape, _room(query.device) // bytes_of_row, spans)
+    _decode(query, addresses, step, scaling, output, group, shape, rows, spans)
 
 
 def _chunk(
