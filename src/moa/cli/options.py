@@ -38,7 +38,7 @@ Refine = Annotated[
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
-DEFAULT_MIXTURE = "retrieval=1,text=0.5,summary=0.25"
+DEFAULT_MIXTURE = "retrieval=1,text=1.5,summary=0.5"
 
 
 def numbers_of(text: str | None, option: str) -> tuple[int, ...] | None:

@@ -216,7 +216,7 @@ def validate(
     calibration, _ = calibrated(run, loaded)
     plan, rows = run_validate(run, loaded, plans, calibration.validation, key, weights)
     plan.save(output)
-    table = Table(title="Divergence from the dense model's answers, nats a token")
+    table = Table(title="Lost answers (retrieval), and divergence in nats a token")
     for column in ("plan", "weighted", *rows[0].by_source):
         table.add_column(column, justify="right")
     for row in rows:

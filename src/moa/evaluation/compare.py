@@ -22,7 +22,7 @@ from moa.benchmark.decoding import ROUNDS, Method, decode_in_turn, kv_bytes
 from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
-from moa.evaluation.likelihood import answer_log_probs, divergence, logits_at, text_chunks, text_losses
+from moa.evaluation.likelihood import answer_log_probs, divergences, logits_at, text_chunks, text_losses
 from moa.evaluation.tasks import RETRIEVAL, TaskItem
 from moa.evaluation.text import default_evaluation_text
 from moa.models import LoadedModel
@@ -392,7 +392,7 @@ class Measures:
                         said = answer_log_probs(self.loaded.model, item)
                 answer = torch.as_tensor(item.input_ids[item.answer], device=said.device)
                 found[ANSWER_PERPLEXITY].append(float(-said.gather(1, answer[:, None]).mean()))
-                found[ANSWER_KL].append(divergence(dense, said))
+                found[ANSWER_KL].append(float(divergences(dense, said).mean()))
             self._last = plan, found
         return self._last[1]
 

@@ -62,10 +62,17 @@ def answer_log_probs(model: PreTrainedModel, item: CalibrationItem) -> torch.Ten
     return logits_at(model, ids, positions, use_cache=False)[0].float().log_softmax(-1)
 
 
-def divergence(dense: torch.Tensor, other: torch.Tensor) -> float:
-    """Kullback-Leibler divergence of ``other`` from ``dense``, log-probabilities [tokens, vocabulary]: nats a token."""
-    found = torch.nn.functional.kl_div(other, dense, reduction="batchmean", log_target=True)
-    return max(0.0, float(found))  # rounding may take nothing below 0
+def divergences(dense: torch.Tensor, other: torch.Tensor) -> np.ndarray:
+    """Kullback-Leibler divergence of ``other`` from ``dense``, log-probabilities [tokens, vocabulary].
+
+    Returns
+    -------
+    float64 [tokens]
+        Nats.
+    """
+    found = torch.nn.functional.kl_div(other, dense, reduction="none", log_target=True).sum(-1)
+    nats: np.ndarray = found.clamp(min=0).double().cpu().numpy()  # rounding may take nothing below 0
+    return nats
 
 
 def logits_at(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, **options: Any) -> torch.Tensor:

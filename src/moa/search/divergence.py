@@ -1,4 +1,11 @@
-"""How far a plan takes a model from its dense self: measured, on the dense model's own answers."""
+"""How far a plan takes a model from its dense self: measured, on the dense model's own answers.
+
+Summaries and texts count by the token. A question about a fact has one answer, found or lost, however many tokens it
+takes to say: once the first is said the others are mere copying, and their mean would hide that the first was wrong.
+So a question costs ``1 - exp(-D)``, D the divergence over its whole answer: where the dense model is sure, that is the
+chance that the answer is another one. It also keeps a few questions that are lost for good from outweighing all those
+that may still be saved.
+"""
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
@@ -7,18 +14,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from moa.evaluation.likelihood import divergence, logits_at
+from moa.evaluation.likelihood import divergences, logits_at
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.runtime import apply
 from moa.search.answers import rows_together
-from moa.search.items import CalibrationSet
+from moa.search.calibrate import RETRIEVAL
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.layer_outputs import LayerOutputs
 from moa.search.tables import SHORTEST
 
 
 class Divergence:
-    """Kullback-Leibler divergence of a model under a plan from the dense model.
+    """Divergence (Kullback-Leibler, nats) of a model under a plan from the dense model.
 
     The dense model's log-probabilities are kept on its device, float32: tokens that carry loss times the vocabulary.
 
@@ -55,7 +63,10 @@ class Divergence:
         self._outputs.forget()
 
     def by_source(self, plan: Plan) -> dict[str, float]:
-        """Divergence for each source, nats per token that carries loss: mean over tokens, then items, then lengths."""
+        """Loss for each source: mean over an item's questions or tokens, then items, then lengths.
+
+        Retrieval: `lost`, 0 to 1. Other sources: nats per token that carries loss.
+        """
         run: _Pass = _run
         if self._base is not None:
             if plan == self._base:
@@ -66,9 +77,10 @@ class Divergence:
                 run = partial(self._outputs.resume, shared=_shared_layers(plan, self._base))
         found: dict[str, list[float]] = {}
         with apply(self._loaded.model, plan):
-            for key in self._items.items:
-                pairs = zip(self._dense[key], self._log_probs(key, run), strict=True)
-                losses = [divergence(dense, other) for dense, other in pairs]
+            for key, items in self._items.items.items():
+                answers = zip(items, self._dense[key], self._log_probs(key, run), strict=True)
+                loss = lost if key[1] == RETRIEVAL else _mean
+                losses = [loss(item, divergences(dense, other)) for item, dense, other in answers]
                 found.setdefault(key[1], []).append(float(np.mean(losses)))
         return {source: float(np.mean(losses)) for source, losses in found.items()}
 
@@ -92,6 +104,15 @@ class Divergence:
             answers = zip(logits, together, strict=True)
             result += [row[item.loss - start].float().log_softmax(-1) for row, item in answers]
         return result
+
+
+def lost(item: CalibrationItem, nats: np.ndarray) -> float:
+    """Mean over an item's questions of ``1 - exp(-D)``, D the sum of ``nats`` (of each token of ``item.loss``)."""
+    return float(np.mean([-np.expm1(-nats[tokens].sum()) for tokens in item.questions]))
+
+
+def _mean(item: CalibrationItem, nats: np.ndarray) -> float:
+    return float(nats.mean())
 
 
 class _Pass(Protocol):

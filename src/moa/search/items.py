@@ -32,6 +32,11 @@ class CalibrationItem:
         """Place of the first token of an answer."""
         return int(self.answer[0])
 
+    @property
+    def questions(self) -> list[np.ndarray]:
+        """Places in ``loss`` that answer one question: stretches of neighbours in the text."""
+        return np.split(np.arange(len(self.loss)), np.flatnonzero(np.diff(self.loss) > 1) + 1)
+
 
 @dataclass(frozen=True)
 class CalibrationSet:

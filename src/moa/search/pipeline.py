@@ -38,7 +38,7 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
-DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 0.5, "summary": 0.25}
+DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 1.5, "summary": 0.5}
 _EVALUATIONS, _HEAD_EVALUATIONS = 1000, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 

@@ -24,7 +24,7 @@ class ValidationRow:
     loss : float
         Weighted divergence from the dense model; see `Divergence.total`.
     by_source : dict[str, float]
-        Divergence in nats per answer token.
+        As `Divergence.by_source`.
     """
 
     plan: int
