@@ -58,13 +58,17 @@ def test_a_search_ends_with_a_plan_within_its_budget(finished, demo_model):
 
 
 @pytest.mark.slow
-def test_a_second_call_reads_and_a_changed_budget_redoes_its_stages_only(finished, demo_model, ran):
+def test_a_second_call_reads_and_a_changed_setting_redoes_its_stages_only(finished, demo_model, ran, monkeypatch):
     folder, plan = finished
     assert search(demo_model, default_text(), folder, DATA, BUDGET) == plan
     assert ran == []
     other = search(demo_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["candidates", "refine", "validate"]
     assert other.density(640) > plan.density(640)
+    ran.clear()
+    monkeypatch.setattr(pipeline, "MEASURE", "another")
+    search(demo_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
+    assert list(dict.fromkeys(ran)) == ["refine", "validate"]
 
 
 @pytest.mark.slow

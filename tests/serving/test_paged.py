@@ -196,34 +196,3 @@ def test_recorded_step():
                 getattr(old, name).copy_(getattr(now, name))
         graph.replay()
         compare(output, engine.expected(fresh_query, new))
-
-
-def warm(engine, tokens=3):
-    query, key, value = (engine.normal(tokens, heads, engine.d) for heads in (len(engine.pages) * engine.group, 4, 4))
-    before = key.clone(), value.clone()
-    triton_paged.warm_up(query, key, value, engine.sink, engine.size, engine.d**-0.5, torch.empty_like(query))
-    assert torch.equal(key, before[0])
-    assert torch.equal(value, before[1])
-
-
-def test_warming_up_leaves_the_requests_alone():
-    engine = Engine()
-    check(ATTEND["kernels"], engine, {0: 40, 1: 9})
-    warm(engine)
-    check(ATTEND["kernels"], engine, {0: 1, 1: 30})
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")
-def test_no_step_compiles_what_warming_up_has_compiled(monkeypatch):
-    import triton
-
-    engine = Engine(d=64, dtype=HALF)
-    warm(engine)
-    compiled = []
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **what: compiled.append(what["repr"]))
-    check(ATTEND["kernels"], engine, {0: 20})
-    check(ATTEND["kernels"], engine, {0: 30, 1: 40, 2: 1})
-    check(ATTEND["kernels"], engine, dict.fromkeys(range(3), 1))
-    check(ATTEND["kernels"], engine, dict.fromkeys(range(16), 2))
-    assert compiled == []

@@ -53,6 +53,11 @@ def measure(llm, length, batch):
     new = STEPS + 8 + 2 * math.ceil(batch * length / CHUNK)
     prompts = np.random.default_rng(0).integers(10, 1000, (batch, length - new))
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=new, detokenize=False)
+    # what the first steps compile is not timed
+    first = SamplingParams(temperature=0, ignore_eos=True, max_tokens=2, detokenize=False)
+    engine.add_request(f"{length}-first", {"prompt_token_ids": prompts[0, :CHUNK].tolist()}, first)
+    while engine.has_unfinished_requests():
+        engine.step()
     for number, prompt in enumerate(prompts.tolist()):
         engine.add_request(f"{length}-{number}", {"prompt_token_ids": prompt}, params)
     said, times, started, prefill = {}, [], time.perf_counter(), None

@@ -5,6 +5,8 @@ part can still be seen. A round measures, for each head alone, one step down, an
 the tokens they save, until a few percent of what is stored are gone; the next round measures again, because of two
 heads that stand in for each other the second became precious when the first was shortened.
 
+The last step may go below the budget by what a head stores. So in the end the dearest steps that fit are taken back.
+
 A head goes from all of the text to a quarter of it in one step. Half a text would keep half of the facts at half the
 price, which looks like a fair step, and a model of such heads knows half of everything.
 """
@@ -69,6 +71,7 @@ def descend(
     limit = budget.limits(int(np.prod(heads)))[0]
     place = np.zeros(heads, np.int64)
     keep = min(1 - _LEAST_SHRINK, budget.config.density ** (1 / rounds))
+    paid: dict[tuple[int, int], float] = {}  # by head and rung reached: loss for each token saved, when it was taken
     while spans[place].sum() > limit and place.min() < len(rungs) - 1:
         density = spans[place].sum() / spans[0] / place.size
         around(rungs[place])
@@ -86,4 +89,12 @@ def descend(
             if spans[place].sum() <= goal:
                 break
             place.flat[head] += 1
-    return rungs[place]
+            paid[head, int(place.flat[head])] = price[head][0]
+    room = limit - spans[place].sum()
+    while True:
+        back = [step for step in paid if place.flat[step[0]] == step[1] and spans[step[1] - 1] - spans[step[1]] <= room]
+        if not back:
+            return rungs[place]
+        head, rung = max(back, key=paid.__getitem__)
+        place.flat[head] -= 1
+        room -= spans[rung - 1] - spans[rung]

@@ -24,6 +24,8 @@ from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.layer_outputs import LayerOutputs
 from moa.search.tables import SHORTEST
 
+MEASURE = "lost-answers"  # part of the keys of results: what was measured in another way is not that
+
 
 class Divergence:
     """Divergence (Kullback-Leibler, nats) of a model under a plan from the dense model.

@@ -58,22 +58,29 @@ class RuleGrid:
     def scaled(cls, longest: int, sink: int = SINK, block: int = BLOCK) -> "RuleGrid":
         """Some two hundred rules that scale with the longest profile length.
 
-        Constant spans, finer where they are short, from the shortest on; and alpha + beta * N, with beta in
-        steps of 1/32 up to 1/4 and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to
-        ``longest / 2``. The full rule (0, 1) is one of them. Rules ``2 N - L`` see all from L on and little at L / 2:
+        Constant spans, finer where they are short, from the shortest on; shares of N below 1/32, for heads that are
+        short at short lengths and need not stay as short; and alpha + beta * N, with beta in steps of 1/32 up to 1/4
+        and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to ``longest / 2``. The full rule (0, 1) is
+        one of them. Rules ``2 N - L`` see all from L on and little at L / 2:
         where a budget has room for few full heads at short lengths, and for more at long ones; measuring alone finds
         them, since loss tables say nothing about spans as short as theirs at L / 2.
         """
         shortest = int(elastic_spans(0.0, 0.0, 1 << 62, sink, block))
         steps = {step * block << power for power in range(longest.bit_length()) for step in (2, 3)}
         constants = [shortest, *sorted(alpha for alpha in steps if shortest < alpha < longest)]
+        small = [part / (1 << power) for power in range(6, longest.bit_length()) for part in (1, 3)]
         shifts = {
             sign * block * round(longest * part / block)
             for part in (0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
             for sign in (-1, 1)
         }
         switches = [-block * round(longest * part / block) for part in (1, 1 / 2)]
-        return cls(_product(constants, [0.0]) + _product(sorted(shifts), _SLOPES) + _product(switches, [2.0]))
+        return cls(
+            _product(constants, [0.0])
+            + _product([0.0], [slope for slope in small if slope * longest >= shortest])
+            + _product(sorted(shifts), _SLOPES)
+            + _product(switches, [2.0])
+        )
 
 
 def _product(alphas: Iterable[float], betas: Iterable[float]) -> tuple[ElasticRule, ...]:

@@ -27,6 +27,7 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
+from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
@@ -259,8 +260,15 @@ def run_optimize(
 ) -> tuple[list[Plan], str]:
     """Third stage: Pareto plans for ``model`` within the budget; ``weights`` mix the calibration sources."""
     check_density(budget.density)
-    grain = {"sink": SINK, "block": BLOCK}
-    inputs = {"profile": upstream, "weights": dict(weights), "budget": _without_evaluations(budget), **grain}
+    rules = repr(budget.config(length for length, _ in tables.tables).grid)
+    inputs = {
+        "profile": upstream,
+        "weights": dict(weights),
+        "budget": _without_evaluations(budget),
+        "sink": SINK,
+        "block": BLOCK,
+        "rules_sha256": hashlib.sha256(rules.encode()).hexdigest(),
+    }
 
     def compute(folder: Path) -> list[Plan]:
         losses = item_losses(tables, model.kv_heads, weights)
@@ -318,11 +326,11 @@ def run_refine(
     evaluations = max(_EVALUATIONS, _HEAD_EVALUATIONS * heads) if budget.evaluations is None else budget.evaluations
     if not evaluations:
         return plans, upstream
-    inputs = {"optimize": upstream, "evaluations": evaluations}
+    inputs = {"optimize": upstream, "evaluations": evaluations, "measure": MEASURE}
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
-        partial = folder / f"measured-{upstream}.json"
+        partial = folder / f"measured-{MEASURE}-{upstream}.json"
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         result = list(plans)
         for refined in found[1:]:  # the first is among the optimizer's
@@ -357,7 +365,8 @@ def run_validate(
     def read(folder: Path) -> list[ValidationRow]:
         return [ValidationRow(**row) for row in read_json(folder / "table.json")]
 
-    rows, _ = run.stage("validate", {"plans": upstream, "weights": dict(weights)}, read, compute)
+    inputs = {"plans": upstream, "weights": dict(weights), "measure": MEASURE}
+    rows, _ = run.stage("validate", inputs, read, compute)
     winner = best(rows)
     made_from = {
         "calibration": {name: value for name, value in run.finished("calibrate")[0].items() if name != "model"},

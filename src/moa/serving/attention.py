@@ -65,7 +65,6 @@ class SpanAttentionImpl(AttentionImpl):
     ):
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self._warm = False
 
     def forward(
         self,
@@ -88,15 +87,9 @@ class SpanAttentionImpl(AttentionImpl):
         query, output : [tokens, query heads, head_dim]
         key, value : [tokens, kv_heads, head_dim]
         kv_cache, attn_metadata
-            The first head's, as vLLM has it; without metadata, vLLM warms up, and our kernels are compiled.
+            The first head's, as vLLM has it; without metadata, vLLM warms up.
         """
         if attn_metadata is None:
-            if query.is_cuda and not self._warm and len(query) > 2:
-                from moa.serving.triton_paged import warm_up
-
-                sink, size = layer.page_layout
-                warm_up(query, key, value, sink, size, self.scale, output)
-                self._warm = True
             return output.zero_()
         steps = get_forward_context().attn_metadata
         if query.is_cuda:

@@ -118,7 +118,6 @@ class SpanLayer(Attention):
                 f"under a plan vLLM does not serve with a KV cache of {dtype} for a model of "
                 f"{vllm_config.model_config.dtype}; use a checkpoint whose KV cache is not quantized"
             )
-        self._sink, self._cache_config = groups.plan.sink, vllm_config.cache_config
         known = vllm_config.compilation_config.static_forward_context
         self._first = SpanHead(first, groups, num_heads, head_size, dtype)
         self.heads: list[Any] = [self]
@@ -130,11 +129,6 @@ class SpanLayer(Attention):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SpanSpec:
         """What the first head's pages are like."""
         return self._first.get_kv_cache_spec(vllm_config)
-
-    @property
-    def page_layout(self) -> tuple[int, int]:
-        """Tokens of the sink, and of a page."""
-        return self._sink, self._cache_config.block_size
 
 
 class MoAForCausalLM(TransformersForCausalLM):

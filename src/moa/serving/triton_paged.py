@@ -403,39 +403,6 @@ def attend(
     _decode(query, addresses, step, scaling, output, group, shape, rows, spans)
 
 
-def warm_up(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sink: int,
-    size: int,
-    scaling: float,
-    output: torch.Tensor,
-) -> None:
-    """Compile what `attend` will run on tensors like these, of at least three tokens; ``output`` is overwritten.
-
-    Parameters
-    ----------
-    query, key, value, scaling, output
-        As for `attend`.
-    sink, size : int
-        As of the steps to come.
-    """
-    heads, device = key.shape[1], query.device
-    pages = query.new_zeros(2, size, 2 * query.shape[2])
-
-    def step(*counts: int) -> Step:
-        table = torch.arange(2, dtype=torch.int32, device=device)[: len(counts), None]
-        starts = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=device)
-        lengths = torch.tensor(counts, dtype=torch.int32, device=device)
-        slots = torch.zeros(sum(counts), dtype=torch.int64, device=device)  # what is stored is thrown away
-        return Step(table, slots, starts, lengths, max(counts), sink, 1, size)
-
-    for counts in ((2, 1), (1, 1)):  # with a chunk of a prompt, and without
-        new = slice(sum(counts))
-        attend(query[new], key[new], value[new], [pages] * heads, [step(*counts)] * heads, scaling, output[new])
-
-
 def _chunk(
     query: torch.Tensor,
     addresses: torch.Tensor,
