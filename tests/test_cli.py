@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +48,17 @@ def demo_plan(demo_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "half.json"
     moa.Plan.uniform(demo_model.identity, 0.5).save(path)
     return path
+
+
+def test_help_waits_for_nothing_heavy():
+    """And what the package exports is there when asked for."""
+    told = "import sys, moa.cli, moa; print({'torch', 'transformers', 'scipy'} & {*sys.modules}, *map(repr, dir(moa)))"
+    found = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout
+    assert found.startswith("set() ")
+    assert all(f"'{name}'" in found for name in moa.__all__)
+    assert {name: getattr(moa, name).__name__ for name in moa.__all__} == {name: name for name in moa.__all__}
+    with pytest.raises(AttributeError, match="'moa' has no attribute 'nothing'"):
+        _ = moa.nothing
 
 
 def test_show_draws_spans_and_costs(plan_file, capsys):

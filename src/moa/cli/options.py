@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from moa.errors import InputError
+from moa.search.defaults import WEIGHTS
 
 out = Console()
 
@@ -38,7 +39,7 @@ Refine = Annotated[
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
-DEFAULT_MIXTURE = "retrieval=1,text=1.5,summary=0.5"
+DEFAULT_MIXTURE = ",".join(f"{source}={weight:g}" for source, weight in WEIGHTS.items())
 
 
 def numbers_of(text: str | None, option: str) -> tuple[int, ...] | None:

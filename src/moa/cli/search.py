@@ -37,6 +37,7 @@ from moa.cli.options import (
     out,
     weights_of,
 )
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS
 
 
 class EstimatorName(StrEnum):
@@ -54,12 +55,12 @@ def search(
     output: Output,
     density: Density = 0.5,
     lengths: Lengths = None,
-    items: Items = 24,
+    items: Items = ITEMS,
     mixture: Mixture = DEFAULT_MIXTURE,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
-    validation_items: ValidationItems = 12,
+    validation_items: ValidationItems = VALIDATION_ITEMS,
     estimator: Estimate = EstimatorName.joint,
     constrained: Constrained = None,
     rules_per_layer: RulesPerLayer = None,
@@ -95,12 +96,12 @@ def search(
 def calibrate(
     model: Model,
     lengths: Lengths = None,
-    items: Items = 24,
+    items: Items = ITEMS,
     mixture: Mixture = DEFAULT_MIXTURE,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
-    validation_items: ValidationItems = 12,
+    validation_items: ValidationItems = VALIDATION_ITEMS,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",

@@ -27,6 +27,7 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS, WEIGHTS
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
@@ -39,7 +40,6 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
-DEFAULT_WEIGHTS = {"retrieval": 1.0, "text": 1.5, "summary": 0.5}
 _EVALUATIONS, _HEAD_EVALUATIONS = 1000, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
@@ -63,9 +63,9 @@ class DataConfig:
 
     lengths: tuple[int, ...] | None = None
     validation_length: int | None = None
-    items: int = 24
-    validation_items: int = 12
-    weights: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    items: int = ITEMS
+    validation_items: int = VALIDATION_ITEMS
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
     seed: int = 0
 
     def resolved(self, context_length: int) -> "DataConfig":
