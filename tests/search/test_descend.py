@@ -59,6 +59,24 @@ def test_heads_that_stand_in_for_each_other_are_not_both_shortened():
     assert sorted([reach(some, plan)[0, 0], reach(some, plan)[3, 1]])[1] == 1
 
 
+def test_the_dearest_step_that_fits_is_taken_back():
+    """The last step saves 1536 tokens, 178 too many: room for one of the two that saved 128 before."""
+    some = budget(19_890 / (12 * 2048))
+    rungs = ladder(some)
+    spans = some.spans[0][rungs]
+    price = np.full((12, len(rungs)), 50.0)  # of a token, by head and rung reached
+    price[0, 1] = price[1, 1] = 0
+    price[:3, 2] = 1, 2, 50
+    price[2, 1] = 3
+
+    def loss(plan):
+        steps = [range(1, int(np.flatnonzero(rungs == rule)[0]) + 1) for rule in plan.flat]
+        return sum(price[head, rung] * (spans[rung - 1] - spans[rung]) for head in range(12) for rung in steps[head])
+
+    plan = descend(loss, SHAPE, some, LEAST_ROUNDS)
+    assert some.spans[0][plan].reshape(-1).tolist() == [384, 512, 512, *[2048] * 9]
+
+
 def test_few_measurements_do():
     measured = []
     some = budget(0.25)

@@ -58,8 +58,8 @@ class RuleGrid:
     def scaled(cls, longest: int, sink: int = SINK, block: int = BLOCK) -> "RuleGrid":
         """Some two hundred rules that scale with the longest profile length.
 
-        Constant spans, finer where they are short, from the shortest on; shares of N below 1/32, for heads that are
-        short at short lengths and need not stay as short; and alpha + beta * N, with beta in steps of 1/32 up to 1/4
+        Constant spans, finer where they are short, from the shortest on; small shares of N, for heads that are short at
+        short lengths and need not stay as short; and alpha + beta * N, with beta in steps of 1/32 up to 1/4
         and of 1/16 up to 1, and alpha in whole blocks from ``-longest / 2`` to ``longest / 2``. The full rule (0, 1) is
         one of them. Rules ``2 N - L`` see all from L on and little at L / 2:
         where a budget has room for few full heads at short lengths, and for more at long ones; measuring alone finds

@@ -48,7 +48,7 @@ class Refined:
     ----------
     alpha, beta : float64 [layers, kv_heads]
     loss : float
-        Weighted divergence from the dense model on the calibration items, measured at all profile lengths.
+        What it loses on the calibration items, weighted, at all profile lengths; see `Divergence.total`.
     evaluations : int
         Plans measured so far.
     """

@@ -22,7 +22,7 @@ class ValidationRow:
     plan : int
         Index of the plan.
     loss : float
-        Weighted divergence from the dense model; see `Divergence.total`.
+        What it loses of the dense model, weighted; see `Divergence.total`.
     by_source : dict[str, float]
         As `Divergence.by_source`.
     """
@@ -39,7 +39,7 @@ def validate(
     weights: Mapping[str, float],
     progress: Progress = SILENT,
 ) -> list[ValidationRow]:
-    """Divergence of every plan on held-out items; ``weights`` as for `Divergence`."""
+    """What every plan loses on held-out items; ``weights`` as for `Divergence`."""
     divergence = Divergence(loaded, items, weights)
     rows = []
     for index, plan in enumerate(progress.track(plans, "validate")):
