@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moa.search.descend import LEAST_ROUNDS, descend, ladder
+from moa.search.descend import LEAST_EVALUATIONS, descend, ladder
 from moa.search.exchange import Budget
 from moa.search.optimize import OptimizeConfig, RuleGrid, Rules
 
@@ -36,11 +36,11 @@ def test_the_ladder_of_another_grid_has_its_rules():
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("rounds", [LEAST_ROUNDS, 30])
-def test_the_plan_is_within_the_budget_at_all_lengths_and_close_to_it(density, rounds):
+@pytest.mark.parametrize("evaluations", [LEAST_EVALUATIONS * 12, 360])
+def test_the_plan_is_within_the_budget_at_all_lengths_and_close_to_it(density, evaluations):
     some = budget(density)
     price = np.random.default_rng(0).random(SHAPE)
-    plan = descend(lambda plan: float(((1 - reach(some, plan)) * price).sum()), SHAPE, some, rounds)
+    plan = descend(lambda plan: float(((1 - reach(some, plan)) * price).sum()), SHAPE, some, evaluations)
     assert some.fits(plan)
     stored, rungs = some.spans[0][plan].sum(), ladder(some)
     place = [int(np.flatnonzero(rungs == rule)[0]) for rule in plan.flat]
@@ -55,8 +55,22 @@ def test_heads_that_stand_in_for_each_other_are_not_both_shortened():
         seen = reach(some, plan)
         return 10 * (1 - max(seen[0, 0], seen[3, 1])) + 0.1 * float((1 - seen[1]).sum())
 
-    plan = descend(loss, SHAPE, some, 12)
+    plan = descend(loss, SHAPE, some, 144)
     assert sorted([reach(some, plan)[0, 0], reach(some, plan)[3, 1]])[1] == 1
+
+
+def test_a_head_that_has_become_worthless_is_found():
+    """The first head copies what the second found: once that one is short, it is nothing that matters."""
+    some = budget(0.4)
+
+    def loss(plan):
+        seen = reach(some, plan)
+        others = float((1 - seen[1:]).sum())
+        return (1 - seen[0, 1]) + 50 * (1 - seen[0, 0]) * (seen[0, 1] > 0.99) + 10 * others
+
+    seen = reach(some, descend(loss, SHAPE, some, 144))
+    assert seen[0].max() <= 1 / 32
+    assert seen[1:].min() >= 1 / 4, "what they store no more the others do"
 
 
 def test_the_dearest_step_that_fits_is_taken_back():
@@ -73,18 +87,27 @@ def test_the_dearest_step_that_fits_is_taken_back():
         steps = [range(1, int(np.flatnonzero(rungs == rule)[0]) + 1) for rule in plan.flat]
         return sum(price[head, rung] * (spans[rung - 1] - spans[rung]) for head in range(12) for rung in steps[head])
 
-    plan = descend(loss, SHAPE, some, LEAST_ROUNDS)
+    plan = descend(loss, SHAPE, some, LEAST_EVALUATIONS * 12)
     assert some.spans[0][plan].reshape(-1).tolist() == [384, 512, 512, *[2048] * 9]
 
 
 def test_few_measurements_do():
-    measured = []
-    some = budget(0.25)
-    descend(lambda plan: measured.append(1) or float((1 - reach(some, plan)).sum()), SHAPE, some, 10)
-    assert len(measured) <= 10 * (SHAPE[0] * SHAPE[1] + 1)
+    """Not one plan for each head before each step, and more of them with a larger allowance."""
+    some, counts = budget(0.25), []
+    for evaluations in (120, 480):
+        measured = []
+
+        def loss(plan, measured=measured):
+            measured.append(plan)
+            return float((1 - reach(some, plan) ** 2).sum())
+
+        descend(loss, SHAPE, some, evaluations)
+        counts.append(len(measured))
+    assert counts[0] <= 120
+    assert counts[0] < counts[1] <= 480
 
 
 def test_where_the_ladder_ends_above_the_budget_its_foot_is_the_answer():
     some = budget(0.2)  # at 2048 all heads at the foot are 1/64
     tight = Budget(some.rules, OptimizeConfig(0.01))
-    assert (descend(lambda plan: 0.0, SHAPE, tight, 10) == ladder(tight)[-1]).all()
+    assert (descend(lambda plan: 0.0, SHAPE, tight, 120) == ladder(tight)[-1]).all()

@@ -40,7 +40,7 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
-_EVALUATIONS, _HEAD_EVALUATIONS = 1000, 10  # plans to measure: in all, and for each KV head
+_EVALUATIONS, _HEAD_EVALUATIONS = 800, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -110,7 +110,7 @@ class BudgetConfig:
     points : int
         Cuts of each objective's range.
     evaluations : int, optional
-        Plans to measure in the refine stage; 0 leaves it out. By default a thousand, and at least ten for each KV head.
+        Plans to measure in the refine stage; 0 leaves it out. By default 800, and at least ten for each KV head.
     """
 
     density: float = 0.5

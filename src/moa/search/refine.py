@@ -1,10 +1,10 @@
 """The refine stage: the last choices are made by measurement.
 
 A loss table is of first order and knows one head at a time: it cannot see that two heads stand in for each other, or
-that a head matters only while another one works. Here plans run for real. First the descent (`moa.search.descend`)
-comes down from the dense model, measuring at the shortest length. Then *sweeps* at all profile lengths try, for each
-head alone, a few rules beside its own. An exact program picks the best set of these changes within the budget; since
-each was measured alone, ever fewer of them are made at once until the loss of the whole, measured, falls.
+that a head matters only while another one works. Here plans run for real, at all profile lengths. First the descent
+(`moa.search.descend`) comes down from the dense model. Then *sweeps* try, for each head alone, a few rules beside its
+own. An exact program picks the best set of these changes within the budget; since each was measured alone, ever fewer
+of them are made at once until the loss of the whole, measured, falls.
 
 Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
 lie there; so heads try rules that see at most half of a text, or all of it.
@@ -22,7 +22,7 @@ from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import RETRIEVAL
-from moa.search.descend import LEAST_ROUNDS, descend
+from moa.search.descend import LEAST_EVALUATIONS, descend
 from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
 from moa.search.items import CalibrationSet
@@ -150,34 +150,27 @@ class _Refinement:
 
     def descended(self) -> np.ndarray | None:
         """The descent's plan; None where the allowance is too small, or no plan near it is within the budget."""
-        rounds = int(_DESCENT * self.evaluations) // self.heads
-        if rounds < LEAST_ROUNDS:
+        allowance = int(_DESCENT * self.evaluations)
+        if allowance < LEAST_EVALUATIONS * self.heads:
             return None
-        shortest = {key: items for key, items in self.items.items.items() if key[0] == self.lengths[0]}
-        divergence = Divergence(self.loaded, CalibrationSet(shortest), self.weights)
         spans = {length: spans for length, spans in self.rules.spans.items() if length >= self.lengths[0]}
-        budget = replace(self.budget, rules=replace(self.rules, spans=spans))  # tokens count where it is measured
         plan = descend(
-            lambda plan: self.measure(plan, divergence, "shortest"),
+            self.loss,
             self.shape,
-            budget,
-            rounds,
+            replace(self.budget, rules=replace(self.rules, spans=spans)),  # tokens count where it is measured
+            allowance,
             self.progress,
-            around=lambda plan: divergence.around(self.plan(plan)),
+            around=lambda plan: self.divergence.around(self.plan(plan)),
         )
-        divergence.forget()
         plan = plan if self.budget.fits(plan) else self.sweep(plan)
         return plan if self.budget.fits(plan) else None
 
     def loss(self, plan: np.ndarray) -> float:
         """Measured, once."""
-        return self.measure(plan, self.divergence, "all")
-
-    def measure(self, plan: np.ndarray, divergence: Divergence, where: str) -> float:
         rules = self.plan(plan)
-        key = hashlib.sha256(repr((rules.alpha, rules.beta, where)).encode()).hexdigest()[:16]
+        key = hashlib.sha256(repr((rules.alpha, rules.beta)).encode()).hexdigest()[:16]
         if key not in self.known:
-            self.known[key] = divergence.total(divergence.by_source(rules))
+            self.known[key] = self.divergence.total(self.divergence.by_source(rules))
             if self.partial is not None and len(self.known) % _REMEMBER == 0:
                 write_json(self.partial, self.known)
         self.measured.add(key)
