@@ -48,15 +48,79 @@ def test_the_plan_is_within_the_budget_at_all_lengths_and_close_to_it(density, e
     assert stored + min(steps) > some.limits(plan.size)[0], "no step can be taken back"
 
 
-def test_heads_that_stand_in_for_each_other_are_not_both_shortened():
+@pytest.mark.parametrize("pair", [((0, 0), (0, 1)), ((0, 0), (3, 1)), ((5, 0), (5, 1))])
+def test_heads_that_stand_in_for_each_other_are_not_both_shortened(pair):
+    """Each alone costs least of all heads."""
     some = budget(0.3)
 
     def loss(plan):
         seen = reach(some, plan)
-        return 10 * (1 - max(seen[0, 0], seen[3, 1])) + 0.1 * float((1 - seen[1]).sum())
+        return 10 * (1 - max(seen[head] for head in pair)) + 0.1 * float(
+            (1 - seen).sum() - 2 + sum(map(seen.__getitem__, pair))
+        )
+
+    seen = reach(some, descend(loss, SHAPE, some, 144))
+    assert sorted(seen[head] for head in pair)[1] == 1
+    assert sorted(seen[head] for head in pair)[0] < 1 / 4
+
+
+def greedy(loss, some):
+    """The definition: before each step all heads are measured."""
+    rungs, place = ladder(some), np.zeros(SHAPE, np.int64)
+    spans = some.spans[0][rungs]
+
+    def after(head):
+        lower = place.copy()
+        lower.flat[head] += 1
+        return lower
+
+    while spans[place].sum() > some.limits(place.size)[0]:
+        price = {
+            head: (loss(rungs[after(head)]) - loss(rungs[place])) / (spans[place] - spans[after(head)]).sum()
+            for head in np.flatnonzero(place < len(rungs) - 1)
+        }
+        place = after(min(price, key=price.__getitem__))
+    return rungs[place]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_measuring_what_is_in_front_is_as_good_as_measuring_all(seed):
+    """Prices of heads depend on each other and rise, unevenly."""
+    some, measured = budget(0.25), []
+    random = np.random.default_rng(seed)
+    worth, together = random.gamma(0.5, size=12), random.gamma(0.5, size=(12, 12)) ** 2
+
+    def loss(plan):
+        measured.append(plan)
+        gone = 1 - reach(some, plan).reshape(-1)
+        return float(gone**2 @ worth + gone @ together @ gone)
 
     plan = descend(loss, SHAPE, some, 144)
-    assert sorted([reach(some, plan)[0, 0], reach(some, plan)[3, 1]])[1] == 1
+    assert len(measured) <= 144
+    assert loss(plan) <= 1.01 * loss(greedy(loss, some))
+
+
+def test_plans_are_near_the_one_it_was_told_that_they_are_around():
+    some, told = budget(0.25), []
+
+    def loss(plan):
+        assert (plan != told[-1]).sum() <= 3
+        return float((1 - reach(some, plan)).sum())
+
+    descend(loss, SHAPE, some, 240, around=told.append)
+    assert len(told) >= 12, "as often as a head goes from all of the text to a quarter"
+
+
+def test_what_seems_to_gain_is_worth_no_more_than_what_costs_nothing():
+    some = budget(11.3 / 12)
+
+    def loss(plan):
+        seen = reach(some, plan)
+        return float(1 - seen[1:5].mean()) - 0.01 * (1 - seen[5, 1])
+
+    seen = reach(some, descend(loss, SHAPE, some, 144))
+    assert seen[0, 0] == 1 / 4, "the first of several"
+    assert seen[5, 1] == 1
 
 
 def test_a_head_that_has_become_worthless_is_found():

@@ -1,12 +1,12 @@
-"""The descent: from the dense model down to a budget, by steps that each measured best.
+"""The descent: from the dense model down to a budget, one measured step after another.
 
 Where the answer is already lost, one head more changes nothing; so plans are approached from above, where every head's
 part can still be seen. A step shortens one head by a rung, and its price is the loss it costs for each token it saves.
 Prices change with every step: of two heads that stand in for each other the second becomes precious when the first is
 shortened. Measuring them all after each step would take too long. But as heads are shortened prices rise, as a rule;
 so the price that was measured last says which steps cannot be the cheapest, and only those in front are measured again
-(the accelerated greedy algorithm of Minoux, 1978). Now and then all are, since some fall: a head that copies what
-another one found is worth nothing without it.
+(the accelerated greedy algorithm of Minoux, 1978), as far as the allowance goes. Now and then all are, since some fall:
+a head that copies what another one found is worth nothing without it.
 
 The last step may go below the budget by what a head stores. So in the end the dearest steps that fit are taken back.
 
@@ -24,9 +24,9 @@ from moa.search.exchange import Budget
 
 _WINDOW = 1 / 4  # share of the text that a head below the top of the ladder sees at most
 _RUNG = 3 / 4  # of the rung above, at most
-_STEP = 0.015  # of the tokens stored go between two looks at what is in front; a step may take more
-_LEAST_LOOK = 5  # plans measured at a look
-LEAST_EVALUATIONS = 6  # for each head; with fewer, steps would be taken that were not measured side by side
+_STAGE = 0.015  # of the tokens stored go between two plans that others are neighbours of; a step may take more
+_LEAST_STAGE = 5  # plans measured in a stage, or stages are fewer
+LEAST_EVALUATIONS = 6  # for each head; with fewer, most steps would be taken at a price of long ago
 
 
 def ladder(budget: Budget) -> np.ndarray:
@@ -66,24 +66,29 @@ def descend(
     evaluations : int
         Plans to measure, about: half of them of all heads side by side, half of those in front.
     around : callable, optional
-        Called with the plan of which the plans to come are neighbours.
+        Called with a plan from which the plans to come differ in a head or a few.
 
     Returns
     -------
     int64 [layers, heads]
     """
-    descent = _Descent(loss, heads, budget, around)
+    descent = _Descent(loss, heads, budget)
     whole, limit = descent.stored, budget.limits(descent.place.size)[0]
     density = min(1.0, limit / whole)
-    looks = max(1, min(ceil(log(density) / log(1 - _STEP)), evaluations // (2 * _LEAST_LOOK)))
+    stages = max(1, min(ceil(log(density) / log(1 - _STAGE)), evaluations // (2 * _LEAST_STAGE)))
     keep = density ** (2 * descent.place.size / evaluations)  # of the tokens stored, until all heads are measured again
-    most = max(1, evaluations // (2 * looks) - 1)
     renewed = np.inf
-    for goal in progress.track(whole * np.geomspace(1, density, looks + 1)[1:], "descend", total=looks):
-        while descent.stored > max(goal, limit) and descent.place.min() < descent.foot:
-            everywhere = descent.stored <= keep * renewed
-            renewed = descent.stored if everywhere else renewed
-            descent.look(max(goal, limit), most, everywhere)
+    for goal in progress.track(whole * np.geomspace(1, density, stages + 1)[1:], "descend", total=stages):
+        descent.allowance += evaluations / (2 * stages)
+        goal = max(goal, limit)
+        if descent.done(goal):
+            continue
+        around(descent.plan)
+        if descent.stored <= keep * renewed:
+            descent.measure_all()
+            renewed = descent.stored
+        while not descent.done(goal):
+            descent.step()
     descent.take_back(limit)
     return descent.plan
 
@@ -91,17 +96,14 @@ def descend(
 class _Descent:
     """Where it stands: ``place`` int64 [layers, heads], each head's rung."""
 
-    def __init__(
-        self,
-        loss: Callable[[np.ndarray], float],
-        heads: tuple[int, int],
-        budget: Budget,
-        around: Callable[[np.ndarray], None],
-    ):
-        self.loss, self.around = loss, around
+    def __init__(self, loss: Callable[[np.ndarray], float], heads: tuple[int, int], budget: Budget):
+        self.loss = loss
         self.rungs = ladder(budget)
         self.spans, self.foot = budget.spans[0, self.rungs], len(self.rungs) - 1
         self.place = np.zeros(heads, np.int64)
+        self.allowance = 0.0  # plans that may be measured before a step is taken
+        self.standing: float | None = None  # loss of the plan it stands at, where that is known
+        self.after: dict[int, float] = {}  # by head: loss of that plan after the head's next step
         # of each head's next step, as last measured: loss for each token saved, and tokens saved
         self.price: dict[int, tuple[float, int]] = {}
         self.paid: dict[tuple[int, int], float] = {}  # by head and rung reached, when the step was taken
@@ -115,40 +117,40 @@ class _Descent:
     def stored(self) -> int:
         return int(self.spans[self.place].sum())
 
-    def look(self, goal: float, most: int, everywhere: bool) -> None:
-        """Take the cheapest steps until no more than ``goal`` tokens are stored.
+    def done(self, goal: float) -> bool:
+        """Whether no more than ``goal`` tokens are stored, or no head has a step left."""
+        return self.stored <= goal or bool(self.place.min() == self.foot)
 
-        Plans that are measured differ in one head from the one it starts with: up to ``most`` of those in front, after
-        those of all heads if it is to look everywhere.
-        """
-        self.around(self.plan)
-        here = self.place.copy()
-        alone = [self.loss(self.plan)] * here.size  # loss of the last plan measured that differs in this head
-        ahead: list[int] = np.flatnonzero(here < self.foot).tolist()
+    def measure_all(self) -> None:
+        """Price every head's next step, at no charge."""
+        for head in np.flatnonzero(self.place < self.foot).tolist():
+            self.measure(head)
 
-        def measure(head: int) -> None:
-            lower, rung = here.copy(), int(self.place.flat[head])
-            lower.flat[head] = rung + 1
-            before, alone[head] = alone[head], self.loss(self.rungs[lower])
-            saved = int(self.spans[rung] - self.spans[rung + 1])
-            # what seems to gain is chance; of steps that cost nothing the longest come first
-            self.price[head] = max(0.0, alone[head] - before) / saved, -saved
+    def measure(self, head: int) -> None:
+        """Price one head's next step."""
+        if self.standing is None:
+            self.standing = self.loss(self.plan)
+        rung = int(self.place.flat[head])
+        lower = self.place.copy()
+        lower.flat[head] = rung + 1
+        self.after[head] = self.loss(self.rungs[lower])
+        saved = int(self.spans[rung] - self.spans[rung + 1])
+        # what seems to gain is chance; of steps that cost nothing the longest come first
+        self.price[head] = max(0.0, self.after[head] - self.standing) / saved, -saved
 
-        measured = set(ahead) if everywhere else set()  # heads whose next step was measured in this look
-        for head in sorted(measured):
-            measure(head)
-        while ahead and self.stored > goal:
+    def step(self) -> None:
+        """Take the cheapest step, after measuring those in front as long as the allowance lasts."""
+        ahead = np.flatnonzero(self.place < self.foot).tolist()
+        while True:
             head = min(ahead, key=self.price.__getitem__)
-            if head not in measured and most:
-                measure(head)
-                measured.add(head)
-                most -= 1
-                continue
-            measured.discard(head)
-            self.place.flat[head] += 1
-            self.paid[head, int(self.place.flat[head])] = self.price[head][0]
-            if self.place.flat[head] == self.foot:
-                ahead.remove(head)
+            if head in self.after or self.allowance < 1:
+                break
+            self.measure(head)
+            self.allowance -= 1
+        self.place.flat[head] += 1
+        self.paid[head, int(self.place.flat[head])] = self.price[head][0]
+        self.standing = self.after.get(head)
+        self.after.clear()
 
     def take_back(self, limit: int) -> None:
         """Undo last steps of heads, the dearest first, as long as no more than ``limit`` tokens are stored."""
