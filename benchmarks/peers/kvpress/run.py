@@ -3,7 +3,8 @@
 A density counts as for a plan: keys that are stored while the last token is decoded, over N. kvpress compresses what it
 is given once, after reading it in full; the question and the answer come on top and are stored whole. It is run in both
 ways people use it: ``blind`` compresses the text before the question is known, as MoA's plan does, and ``aware``
-compresses the whole prompt, question included.
+compresses the whole prompt, question included. Answers are kept in OUTPUT.partial as they come; the same call goes on
+from there.
 """
 
 import argparse
@@ -11,13 +12,13 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import kvpress
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 PRESSES = {
@@ -49,6 +50,15 @@ def answer(model, tokenizer, item, press, compressed):
     return tokenizer.decode(said, skip_special_tokens=True)
 
 
+def answers_so_far(partial, header):
+    """The lines of an interrupted call, its header first; a line that was cut off is dropped."""
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    if whole and whole[0] != header:
+        sys.exit(f"{partial} was begun by another call ({whole[0]['command']}); remove it or give another --output")
+    return whole or [header]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a model folder")
@@ -70,30 +80,35 @@ def main():
         "kvpress": version("kvpress"),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
     }
-    lines = [{"command": "run.py " + " ".join(sys.argv[1:]), "model": arguments.model, "device": machine}]
-    for name in arguments.presses.split(","):
-        # one needs the attention weights, the others' head-wise masks need attention without them
-        attention = "eager" if name == "ObservedAttention" else "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation=attention
-        )
-        model = model.to(device).eval()
-        for density in map(float, arguments.densities.split(",")):
-            for way in ("blind", "aware"):
-                for item in items:
-                    prompt = len(item["prompt_ids"])
-                    compressed = item["question_start"] if way == "blind" else prompt - 1
-                    whole = item["length"] - compressed  # question and answer
-                    kept = max(0.0, density * item["length"] - whole) / compressed
-                    press = PRESSES[name](1 - kept)
-                    text = answer(model, tokenizer, item, press, compressed)
-                    row = {"method": f"{name}, {way}", "density": density, "text": text}
-                    lines.append({**row, **{key: item[key] for key in ("task", "length", "answers", "depth")}})
-                print(name, density, way, f"{len(items)} prompts", file=sys.stderr)
-    target = Path(arguments.output)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    os.replace(file.name, target)
+    header = {"command": "run.py " + " ".join(sys.argv[1:]), "model": arguments.model, "device": machine}
+    partial = Path(arguments.output + ".partial")
+    lines = answers_so_far(partial, header)
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    done = {(line["method"], line["density"], line["item"]) for line in lines[1:]}
+    with partial.open("a", encoding="utf-8") as file:
+        for name in arguments.presses.split(","):
+            # one needs the attention weights, the others' head-wise masks need attention without them
+            attention = "eager" if name == "ObservedAttention" else "sdpa"
+            model = AutoModelForCausalLM.from_pretrained(
+                arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation=attention
+            )
+            model = model.to(device).eval()
+            for density in map(float, arguments.densities.split(",")):
+                for way in ("blind", "aware"):
+                    for number, item in enumerate(tqdm(items, f"{name} {density} {way}", mininterval=5)):
+                        if (f"{name}, {way}", density, number) in done:
+                            continue
+                        prompt = len(item["prompt_ids"])
+                        compressed = item["question_start"] if way == "blind" else prompt - 1
+                        whole = item["length"] - compressed  # question and answer
+                        kept = max(0.0, density * item["length"] - whole) / compressed
+                        press = PRESSES[name](1 - kept)
+                        text = answer(model, tokenizer, item, press, compressed)
+                        row = {"method": f"{name}, {way}", "density": density, "item": number, "text": text}
+                        row |= {key: item[key] for key in ("task", "length", "answers", "depth")}
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+    os.replace(partial, arguments.output)
 
 
 if __name__ == "__main__":
