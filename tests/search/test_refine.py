@@ -78,7 +78,7 @@ def test_it_finds_heads_that_stand_in_for_each_other(measured, evaluations):
     assert found.loss < 1.5
     spans = plan_of(found).spans(LENGTH)
     assert spans[0].max() == LENGTH, "one of the two does for both"
-    assert spans[0].min() <= LENGTH // 32
+    assert 0.3 * LENGTH / 8 <= spans.min() == spans[0].min() <= LENGTH // 16
     assert all(plan_of(found).density(length) <= 0.3 for length in (LENGTH, 2 * LENGTH))
     assert found.evaluations <= len(measured) <= evaluations + 30
 

@@ -33,11 +33,12 @@ def ladder(budget: Budget) -> np.ndarray:
     """Numbers of the rules that the descent passes, from the dearest to the cheapest: int64 [rungs].
 
     At no length do these store a larger share than at the shortest one, so that a plan within the budget there is
-    within it everywhere.
+    within it everywhere. They end where `Budget.worth_measuring` does.
     """
     lengths = np.array(list(budget.rules.spans))
     share = budget.spans / lengths[:, None]
-    below = (share.max(axis=0) <= share[0]) & (share[0] <= max(_WINDOW, share[0].min()))
+    known = budget.worth_measuring
+    below = known & (share.max(axis=0) <= share[0]) & (share[0] <= max(_WINDOW, share[0, known].min()))
     rungs = [budget.spans.shape[1] - 1]
     for span in np.unique(budget.spans[0, below])[::-1]:
         if span <= _RUNG * budget.spans[0, rungs[-1]]:

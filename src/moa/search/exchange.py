@@ -8,6 +8,7 @@ from moa.search.assignment import AssignmentProblem, assign
 from moa.search.optimize import OptimizeConfig, Rules, largest_total
 
 _GAP = 0.002  # relative, of a step's program
+_LEAST = 1 / 8  # of what heads store on average
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,19 @@ class Budget:
     def spans(self) -> np.ndarray:
         """int64 [lengths, rules]."""
         return np.stack(list(self.rules.spans.values()))
+
+    @property
+    def worth_measuring(self) -> np.ndarray:
+        """Which rules heads are given by measuring: bool [rules].
+
+        Not those with less than an eighth, at the shortest length, of what a head stores on average. Down from there a
+        head saves little, and what a few items say that it loses is less than the truth. Where a grid has none between
+        that and all of the text, all of them.
+        """
+        length = min(self.rules.spans)
+        spans = self.rules.spans[length]
+        enough = spans >= _LEAST * self.config.density * length
+        return enough if (spans[enough] < length).any() else np.ones_like(enough)
 
     def limits(self, heads: int) -> np.ndarray:
         """Tokens that so many heads may store together: [lengths]."""

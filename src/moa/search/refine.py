@@ -219,8 +219,9 @@ def _tried(budget: Budget) -> np.ndarray:
     share = budget.spans / np.array(list(rules.spans))[:, None]  # lengths rise
     whole = np.logical_and.accumulate(share[::-1] >= 1)[::-1]
     plain = (rules.alpha == 0) | (rules.beta == 0) | (rules.beta > 1)
-    ends = np.isin(np.arange(len(plain)), (0, len(plain) - 1))
-    return np.flatnonzero(ends | plain & (whole | (share <= _WINDOW)).all(axis=0))
+    known = np.flatnonzero(budget.worth_measuring)
+    ends = np.isin(np.arange(len(plain)), known[[0, -1]])
+    return known[(ends | plain & (whole | (share <= _WINDOW)).all(axis=0))[known]]
 
 
 def _some(items: CalibrationSet) -> CalibrationSet:
