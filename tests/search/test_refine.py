@@ -39,9 +39,6 @@ def measured(monkeypatch):
         def around(self, plan):
             pass
 
-        def forget(self):
-            pass
-
         def by_source(self, plan):
             plans.append(plan)
             reach = plan.spans(LENGTH) / LENGTH

@@ -8,6 +8,7 @@ from there.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -55,7 +56,10 @@ def answers_so_far(partial, header):
     lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     if whole and whole[0] != header:
-        sys.exit(f"{partial} was begun by another call ({whole[0]['command']}); remove it or give another --output")
+        sys.exit(
+            f"{partial} was begun by another call, or with other prompts or versions ({whole[0]['command']}); "
+            "remove it or give another --output"
+        )
     return whole or [header]
 
 
@@ -70,7 +74,8 @@ def main():
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers.utils.logging.disable_progress_bar()
-    items = list(map(json.loads, Path(arguments.items).read_text(encoding="utf-8").splitlines()))
+    given = Path(arguments.items).read_bytes()
+    items = list(map(json.loads, given.splitlines()))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     machine = {
         "platform": platform.platform(),
@@ -80,7 +85,12 @@ def main():
         "kvpress": version("kvpress"),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none",
     }
-    header = {"command": "run.py " + " ".join(sys.argv[1:]), "model": arguments.model, "device": machine}
+    header = {
+        "command": "run.py " + " ".join(sys.argv[1:]),
+        "items_sha256": hashlib.sha256(given).hexdigest(),
+        "model": arguments.model,
+        "device": machine,
+    }
     partial = Path(arguments.output + ".partial")
     lines = answers_so_far(partial, header)
     partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
