@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moa.plan import ModelIdentity, Plan
+from moa.plan import SINK, ModelIdentity, Plan
 from moa.search import refine as stage
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.divergence import Divergence
@@ -65,7 +65,7 @@ def refined(density=0.3, evaluations=400, partial=None, **config):
 
 
 def plan_of(found):
-    return Plan.from_arrays(IDENTITY, found.alpha, found.beta)
+    return Plan.from_arrays(IDENTITY, found.alpha, found.beta, getattr(found, "sink", SINK))
 
 
 @pytest.mark.parametrize("evaluations", [100, 400])
@@ -118,6 +118,54 @@ def test_an_interrupted_call_goes_on(measured, tmp_path, monkeypatch):
 def test_layers_keep_to_their_number_of_rules(measured, limit):
     *_, found = refined(0.5, rules_per_layer=limit)
     assert all(len(set(zip(*rules, strict=True))) <= limit for rules in zip(found.alpha, found.beta, strict=True))
+
+
+def least_at(sink, monkeypatch):
+    """The loss is higher by what the sink of a plan is away from this one; other than that as before."""
+    real = stage.Divergence.by_source
+
+    def by_source(self, plan):
+        found = real(self, plan)
+        return {"retrieval": found["retrieval"] + abs(plan.sink - sink) / 1000}
+
+    monkeypatch.setattr(stage.Divergence, "by_source", by_source)
+
+
+@pytest.mark.parametrize("sink", stage.SINKS)
+def test_the_sink_is_the_one_that_loses_least_at_the_same_spans(measured, monkeypatch, sink):
+    least_at(sink, monkeypatch)
+    start, *found = refined(0.9)
+    assert start.sink == SINK
+    assert all(plan.sink == sink for plan in found)
+    if sink != SINK:
+        same = plan_of(found[0])
+        for length in (LENGTH, 2 * LENGTH):
+            np.testing.assert_array_equal(same.spans(length), plan_of(start).spans(length))
+        assert found[0].loss == pytest.approx(start.loss - (sink - SINK) / 1000)
+    assert all(plan_of(plan).density(length) <= 0.9 for plan in found for length in (LENGTH, 2 * LENGTH))
+
+
+def test_the_sink_is_chosen_again_after_the_descent(measured, monkeypatch):
+    """A first plan that is best with the sink it has, and others that are not."""
+    real, first = stage.Divergence.by_source, []
+
+    def by_source(self, plan):
+        first.append(first[0] if first else plan.spans(LENGTH))
+        best = SINK if np.array_equal(plan.spans(LENGTH), first[0]) else 32
+        return {"retrieval": real(self, plan)["retrieval"] + abs(plan.sink - best) / 1000}
+
+    monkeypatch.setattr(stage.Divergence, "by_source", by_source)
+    start, descended, again, *_ = refined(0.5)
+    assert (start.sink, descended.sink, again.sink) == (SINK, SINK, 32)
+    np.testing.assert_array_equal(plan_of(again).spans(LENGTH), plan_of(descended).spans(LENGTH))
+
+
+@pytest.mark.parametrize(("density", "most"), [(0.9, 64), (0.5, 32), (0.25, 16), (0.1, SINK)])
+def test_the_shortest_heads_keep_a_window_three_times_as_long(measured, monkeypatch, density, most):
+    least_at(64, monkeypatch)
+    *_, found = refined(density)
+    assert found.sink == most
+    assert plan_of(found).spans(LENGTH).min() >= 4 * most
 
 
 def test_heads_take_rules_of_the_grid(measured):

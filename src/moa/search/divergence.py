@@ -129,6 +129,8 @@ def _run(name: Hashable, /, *, run: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 def _shared_layers(plan: Plan, other: Plan) -> int:
     """How many layers of both have the same rules, from the first on."""
+    if (plan.sink, plan.block) != (other.sink, other.block):
+        return 0
     same = [
         (plan.alpha[layer], plan.beta[layer]) == (other.alpha[layer], other.beta[layer])
         for layer in range(plan.model.layers)

@@ -34,7 +34,7 @@ from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
-from moa.search.refine import refine
+from moa.search.refine import SINKS, refine
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
@@ -326,7 +326,7 @@ def run_refine(
     evaluations = max(_EVALUATIONS, _HEAD_EVALUATIONS * heads) if budget.evaluations is None else budget.evaluations
     if not evaluations:
         return plans, upstream
-    inputs = {"optimize": upstream, "evaluations": evaluations, "measure": MEASURE}
+    inputs = {"optimize": upstream, "evaluations": evaluations, "measure": MEASURE, "sinks": SINKS}
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
@@ -334,7 +334,7 @@ def run_refine(
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         result = list(plans)
         for refined in found[1:]:  # the first is among the optimizer's
-            plan = Plan.from_arrays(loaded.identity, refined.alpha, refined.beta)
+            plan = Plan.from_arrays(loaded.identity, refined.alpha, refined.beta, refined.sink)
             provenance = {
                 "budget": _without_evaluations(budget),
                 "densities": {length: plan.density(int(length)) for length in plans[0].provenance["densities"]},

@@ -6,6 +6,10 @@ that a head matters only while another one works. Here plans run for real, at al
 own. An exact program picks the best set of these changes within the budget; since each was measured alone, ever fewer
 of them are made at once until the loss of the whole, measured, falls.
 
+Before the descent and after it the sink is chosen: the same spans, with more of the beginning of the text in them and
+less of the rest. Where spans are long, a system prompt that all heads see is worth more than as many tokens further
+back.
+
 Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
 lie there; so heads try rules that see at most half of a text, or all of it.
 """
@@ -19,7 +23,7 @@ import numpy as np
 
 from moa.files import read_json, write_json
 from moa.models import LoadedModel
-from moa.plan import Plan
+from moa.plan import SINK, ModelIdentity, Plan
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import RETRIEVAL
 from moa.search.descend import LEAST_EVALUATIONS, descend
@@ -28,6 +32,8 @@ from moa.search.exchange import Budget, exchange
 from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, Rules
 
+SINKS = (SINK, 16, 32, 64)  # tried, in tokens
+_SINK = 1 / 4  # of the shortest span that is worth measuring, at most
 _DESCENT = 3 / 4  # of the plans to measure, at most
 _WINDOW = 1 / 2  # share of a text that a head sees at most, unless it sees all
 _STEP = 2  # a head tries the rules so many places cheaper and dearer than its own, the cheapest and the dearest
@@ -47,6 +53,8 @@ class Refined:
     Attributes
     ----------
     alpha, beta : float64 [layers, kv_heads]
+    sink : int
+        See `moa.plan.Plan`.
     loss : float
         What it loses on the calibration items, weighted, at all profile lengths; see `Divergence.total`.
     evaluations : int
@@ -55,6 +63,7 @@ class Refined:
 
     alpha: np.ndarray
     beta: np.ndarray
+    sink: int
     loss: float
     evaluations: int
 
@@ -90,14 +99,58 @@ def refine(
     Returns
     -------
     list of Refined
-        By falling loss: the optimizer's best plan, what the descent found, and what each sweep found, as far as each
-        is better than the one before. The later ones have seen more of the items; held-out items say which to take.
+        By falling loss: the optimizer's best plan, the same with another sink, what the descent found, that with
+        another sink, and what each sweep found, as far as each is better than the one before. The later ones have seen
+        more of the items; held-out items say which to take.
     """
     return _Refinement(loaded, plans, items, weights, config, evaluations, progress, partial).run()
 
 
+@dataclass(frozen=True)
+class _Space:
+    """Plans with one sink: int64 [layers, heads], numbers of rules.
+
+    Attributes
+    ----------
+    sink : int
+    rules : Rules
+        By rising cost.
+    budget : Budget
+    tried : int64 array
+        Numbers of the rules that sweeps try.
+    """
+
+    sink: int
+    rules: Rules
+    budget: Budget
+    tried: np.ndarray
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], config: OptimizeConfig) -> "_Space":
+        rules = Rules.within(lengths, config)
+        budget = Budget(rules, config)
+        return cls(config.sink, rules, budget, _tried(budget))
+
+    @property
+    def most_sink(self) -> float:
+        """How many tokens the sink of these plans may have: short heads are there for what is near."""
+        spans = self.budget.spans[0, self.budget.worth_measuring]
+        return float(_SINK * spans.min())
+
+    def plan(self, model: ModelIdentity, plan: np.ndarray) -> Plan:
+        """A plan as such."""
+        return Plan.from_arrays(model, self.rules.alpha[plan], self.rules.beta[plan], self.sink)
+
+    def numbers(self, plan: Plan) -> np.ndarray | None:
+        """The plan of the same spans, with this sink; None if there is none."""
+        number = {tuple(spans): rule for rule, spans in enumerate(self.budget.spans.T.tolist())}
+        spans = np.stack([plan.spans(length) for length in self.rules.spans], axis=-1)
+        found = [number.get(tuple(head)) for head in spans.reshape(-1, spans.shape[-1]).tolist()]
+        return None if None in found else np.array(found).reshape(spans.shape[:-1])
+
+
 class _Refinement:
-    """Plans are int64 [layers, heads], numbers of ``rules``."""
+    """Plans are those of ``space``."""
 
     def __init__(
         self,
@@ -111,13 +164,11 @@ class _Refinement:
         partial: Path | None,
     ):
         self.loaded, self.plans, self.progress = loaded, plans, progress
-        self.evaluations, self.partial = evaluations, partial
+        self.config, self.evaluations, self.partial = config, evaluations, partial
         self.items, self.weights = _some(items), weights
         self.lengths = sorted({length for length, _ in items.items})
         self.divergence = Divergence(loaded, self.items, weights)
-        self.rules = Rules.within(self.lengths, config)  # by rising cost
-        self.budget = Budget(self.rules, config)
-        self.tried = _tried(self.budget)
+        self.space = _Space.of(self.lengths, config)
         self.shape = loaded.identity.layers, loaded.identity.kv_heads
         self.heads = self.shape[0] * self.shape[1]
         self.heads_a_sweep = min(self.heads, max(_LEAST_HEADS, evaluations // (_SWEEPS * _TRIED)))
@@ -126,7 +177,7 @@ class _Refinement:
         self.measured: set[str] = set()
 
     def run(self) -> list[Refined]:
-        starts = [self.rules.numbers(np.array(plan.alpha), np.array(plan.beta)) for plan in self.plans]
+        starts = [self.space.rules.numbers(np.array(plan.alpha), np.array(plan.beta)) for plan in self.plans]
         plan = min(starts, key=self.loss)
         result = [self.refined(plan)]
 
@@ -136,48 +187,67 @@ class _Refinement:
             result.append(self.refined(better))
             return True
 
+        plan = self.with_best_sink(plan)
+        keep(plan)
         descended = self.descended()
         if descended is not None and keep(descended):
-            plan = descended
+            plan = self.with_best_sink(descended)
+            keep(plan)
         vain = 0  # sweeps in a row
         while len(self.measured) < self.evaluations and vain * self.heads_a_sweep < self.heads:
             plan = self.sweep(plan)
             vain = 0 if keep(plan) else vain + 1
         return result
 
+    def with_best_sink(self, plan: np.ndarray) -> np.ndarray:
+        """The plan of the same spans with the sink that is best for it; from now on all plans have that sink."""
+        before, found = self.plan(plan), [(self.loss(plan), self.space, plan)]
+        for sink in SINKS:
+            space = _Space.of(self.lengths, replace(self.config, sink=sink))
+            moved = space.numbers(before)
+            if sink != self.space.sink and sink <= space.most_sink and moved is not None:
+                found.append((self.measure(space.plan(self.loaded.identity, moved)), space, moved))
+        loss, self.space, plan = min(found, key=lambda one: one[0])
+        self.progress.say(f"refine: loss {found[0][0]:.4f} -> {loss:.4f}, a sink of {self.space.sink} tokens")
+        return plan
+
     def refined(self, plan: np.ndarray) -> Refined:
-        return Refined(self.rules.alpha[plan], self.rules.beta[plan], self.loss(plan), len(self.measured))
+        rules = self.space.rules
+        return Refined(rules.alpha[plan], rules.beta[plan], self.space.sink, self.loss(plan), len(self.measured))
 
     def descended(self) -> np.ndarray | None:
         """The descent's plan; None where the allowance is too small, or no plan near it is within the budget."""
         allowance = int(_DESCENT * self.evaluations)
         if allowance < LEAST_EVALUATIONS * self.heads:
             return None
-        spans = {length: spans for length, spans in self.rules.spans.items() if length >= self.lengths[0]}
+        rules, budget = self.space.rules, self.space.budget
+        spans = {length: spans for length, spans in rules.spans.items() if length >= self.lengths[0]}
         plan = descend(
             self.loss,
             self.shape,
-            replace(self.budget, rules=replace(self.rules, spans=spans)),  # tokens count where it is measured
+            replace(budget, rules=replace(rules, spans=spans)),  # tokens count where it is measured
             allowance,
             self.progress,
             around=lambda plan: self.divergence.around(self.plan(plan)),
         )
-        plan = plan if self.budget.fits(plan) else self.sweep(plan)
-        return plan if self.budget.fits(plan) else None
+        plan = plan if budget.fits(plan) else self.sweep(plan)
+        return plan if budget.fits(plan) else None
 
     def loss(self, plan: np.ndarray) -> float:
-        """Measured, once."""
-        rules = self.plan(plan)
-        key = hashlib.sha256(repr((rules.alpha, rules.beta)).encode()).hexdigest()[:16]
+        return self.measure(self.plan(plan))
+
+    def measure(self, plan: Plan) -> float:
+        """Loss of a plan, measured once."""
+        key = hashlib.sha256(repr((plan.alpha, plan.beta, plan.sink)).encode()).hexdigest()[:16]
         if key not in self.known:
-            self.known[key] = self.divergence.total(self.divergence.by_source(rules))
+            self.known[key] = self.divergence.total(self.divergence.by_source(plan))
             if self.partial is not None and len(self.known) % _REMEMBER == 0:
                 write_json(self.partial, self.known)
         self.measured.add(key)
         return self.known[key]
 
     def plan(self, plan: np.ndarray) -> Plan:
-        return Plan.from_arrays(self.loaded.identity, self.rules.alpha[plan], self.rules.beta[plan])
+        return self.space.plan(self.loaded.identity, plan)
 
     def sweep(self, plan: np.ndarray) -> np.ndarray:
         """The best plan found within the budget; the plan itself, if none is better or none is within."""
@@ -185,7 +255,7 @@ class _Refinement:
         trials = [(head, rule) for head in heads for rule in self.beside(plan.flat[head])]
         self.divergence.around(self.plan(plan))
         before = self.loss(plan)
-        change = np.full((plan.size, len(self.rules.alpha)), np.inf)
+        change = np.full((plan.size, len(self.space.rules.alpha)), np.inf)
         change[np.arange(plan.size), plan.reshape(-1)] = 0.0
         for head, rule in self.progress.track(trials, "refine"):
             if len(self.measured) >= self.evaluations:
@@ -193,9 +263,9 @@ class _Refinement:
             trial = plan.copy()
             trial.flat[head] = rule
             change[head, rule] = self.loss(trial) - before
-        found, most = [plan] if self.budget.fits(plan) else [], plan.size
+        found, most = [plan] if self.space.budget.fits(plan) else [], plan.size
         while most >= 1:
-            proposal = exchange(plan, change.reshape(*plan.shape, -1), self.budget, most)
+            proposal = exchange(plan, change.reshape(*plan.shape, -1), self.space.budget, most)
             if proposal is None:
                 break
             found.append(proposal)
@@ -208,7 +278,8 @@ class _Refinement:
 
     def beside(self, own: int) -> list[int]:
         """What a head tries instead of its own rule."""
-        cheaper, dearer = self.tried[self.tried < own], self.tried[self.tried > own]
+        tried = self.space.tried
+        cheaper, dearer = tried[tried < own], tried[tried > own]
         near = [*cheaper[-_STEP:][:1], *cheaper[:1], *dearer[:_STEP][-1:], *dearer[-1:]]
         return sorted({int(rule) for rule in near})
 
