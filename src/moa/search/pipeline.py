@@ -40,7 +40,7 @@ from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
 T = TypeVar("T")
-_EVALUATIONS, _HEAD_EVALUATIONS = 800, 10  # plans to measure: in all, and for each KV head
+_EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -110,7 +110,7 @@ class BudgetConfig:
     points : int
         Cuts of each objective's range.
     evaluations : int, optional
-        Plans to measure in the refine stage; 0 leaves it out. By default 800, and at least ten for each KV head.
+        Plans to measure in the refine stage; 0 leaves it out. By default 640, and at least ten for each KV head.
     """
 
     density: float = 0.5
@@ -332,15 +332,16 @@ def run_refine(
         config = budget.config({length for length, _ in calibration.profile.items})
         partial = folder / f"measured-{MEASURE}-{upstream}.json"
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
-        result = list(plans)
-        for refined in found[1:]:  # the first is among the optimizer's
-            plan = Plan.from_arrays(loaded.identity, refined.alpha, refined.beta, refined.sink)
+        start = min(refined.loss for refined in found[: len(plans)])  # these are the optimizer's
+        result = []
+        for refined in found:
             provenance = {
                 "budget": _without_evaluations(budget),
-                "densities": {length: plan.density(int(length)) for length in plans[0].provenance["densities"]},
-                "refined": {"loss": refined.loss, "start": found[0].loss, "evaluations": refined.evaluations},
+                "densities": {length: refined.plan.density(int(length)) for length in plans[0].provenance["densities"]},
+                **refined.plan.provenance,
+                "refined": {"loss": refined.loss, "start": start, "evaluations": refined.evaluations},
             }
-            result.append(replace(plan, provenance=provenance))
+            result.append(replace(refined.plan, provenance=provenance))
         write_json(folder / "plans.json", [plan.to_dict() for plan in result])
         return result
 

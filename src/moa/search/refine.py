@@ -34,7 +34,7 @@ from moa.search.optimize import OptimizeConfig, Rules
 
 SINKS = (SINK, 16, 32, 64)  # tried, in tokens
 _SINK = 1 / 4  # of the shortest span that is worth measuring, at most
-_DESCENT = 3 / 4  # of the plans to measure, at most
+_DESCENT = 2 / 3  # of the plans to measure, at most
 _WINDOW = 1 / 2  # share of a text that a head sees at most, unless it sees all
 _STEP = 2  # a head tries the rules so many places cheaper and dearer than its own, the cheapest and the dearest
 _TRIED = 4  # rules of a head in a sweep, at most
@@ -52,18 +52,14 @@ class Refined:
 
     Attributes
     ----------
-    alpha, beta : float64 [layers, kv_heads]
-    sink : int
-        See `moa.plan.Plan`.
+    plan : Plan
     loss : float
         What it loses on the calibration items, weighted, at all profile lengths; see `Divergence.total`.
     evaluations : int
         Plans measured so far.
     """
 
-    alpha: np.ndarray
-    beta: np.ndarray
-    sink: int
+    plan: Plan
     loss: float
     evaluations: int
 
@@ -99,9 +95,9 @@ def refine(
     Returns
     -------
     list of Refined
-        By falling loss: the optimizer's best plan, the same with another sink, what the descent found, that with
-        another sink, and what each sweep found, as far as each is better than the one before. The later ones have seen
-        more of the items; held-out items say which to take.
+        First the optimizer's plans, each with the sink that is best for it. Then, by falling loss, what the descent
+        found, the same with another sink, and what each sweep found, as far as each is better than all before. The
+        later ones have seen more of the items; held-out items say which to take.
     """
     return _Refinement(loaded, plans, items, weights, config, evaluations, progress, partial).run()
 
@@ -131,22 +127,21 @@ class _Space:
         budget = Budget(rules, config)
         return cls(config.sink, rules, budget, _tried(budget))
 
-    @property
-    def most_sink(self) -> float:
-        """How many tokens the sink of these plans may have: short heads are there for what is near."""
-        spans = self.budget.spans[0, self.budget.worth_measuring]
-        return float(_SINK * spans.min())
+    def plan(self, model: ModelIdentity, numbers: np.ndarray) -> Plan:
+        return Plan.from_arrays(model, self.rules.alpha[numbers], self.rules.beta[numbers], self.sink)
 
-    def plan(self, model: ModelIdentity, plan: np.ndarray) -> Plan:
-        """A plan as such."""
-        return Plan.from_arrays(model, self.rules.alpha[plan], self.rules.beta[plan], self.sink)
-
-    def numbers(self, plan: Plan) -> np.ndarray | None:
-        """The plan of the same spans, with this sink; None if there is none."""
+    def numbers(self, plan: Plan) -> np.ndarray:
+        """What `plan` is made from; of rules that give the same spans, one."""
         number = {tuple(spans): rule for rule, spans in enumerate(self.budget.spans.T.tolist())}
         spans = np.stack([plan.spans(length) for length in self.rules.spans], axis=-1)
-        found = [number.get(tuple(head)) for head in spans.reshape(-1, spans.shape[-1]).tolist()]
-        return None if None in found else np.array(found).reshape(spans.shape[:-1])
+        found = [number[tuple(head)] for head in spans.reshape(-1, spans.shape[-1]).tolist()]
+        return np.array(found).reshape(spans.shape[:-1])
+
+    def can_take(self, plan: Plan) -> bool:
+        """Whether a plan's spans stay the same with this sink, and the shortest heads' windows long enough."""
+        same = all((replace(plan, sink=self.sink).spans(n) == plan.spans(n)).all() for n in self.rules.spans)
+        shortest = self.budget.spans[0, self.budget.worth_measuring].min()
+        return same and bool(self.sink <= _SINK * shortest)
 
 
 class _Refinement:
@@ -164,11 +159,12 @@ class _Refinement:
         partial: Path | None,
     ):
         self.loaded, self.plans, self.progress = loaded, plans, progress
-        self.config, self.evaluations, self.partial = config, evaluations, partial
+        self.evaluations, self.partial = evaluations, partial
         self.items, self.weights = _some(items), weights
         self.lengths = sorted({length for length, _ in items.items})
         self.divergence = Divergence(loaded, self.items, weights)
-        self.space = _Space.of(self.lengths, config)
+        self.spaces = {sink: _Space.of(self.lengths, replace(config, sink=sink)) for sink in (config.sink, *SINKS)}
+        self.space = self.spaces[config.sink]
         self.shape = loaded.identity.layers, loaded.identity.kv_heads
         self.heads = self.shape[0] * self.shape[1]
         self.heads_a_sweep = min(self.heads, max(_LEAST_HEADS, evaluations // (_SWEEPS * _TRIED)))
@@ -177,21 +173,21 @@ class _Refinement:
         self.measured: set[str] = set()
 
     def run(self) -> list[Refined]:
-        starts = [self.space.rules.numbers(np.array(plan.alpha), np.array(plan.beta)) for plan in self.plans]
-        plan = min(starts, key=self.loss)
-        result = [self.refined(plan)]
+        result = [self.refined(self.with_best_sink(plan)) for plan in self.plans]
+        best = min(result, key=lambda start: start.loss)
+        plan = self.begin_from(best.plan)
 
         def keep(better: np.ndarray) -> bool:
-            if self.loss(better) >= (1 - _LEAST_GAIN) * result[-1].loss:
+            nonlocal best
+            if self.loss(better) >= (1 - _LEAST_GAIN) * best.loss:
                 return False
-            result.append(self.refined(better))
+            best = self.refined(self.plan(better))
+            result.append(best)
             return True
 
-        plan = self.with_best_sink(plan)
-        keep(plan)
         descended = self.descended()
         if descended is not None and keep(descended):
-            plan = self.with_best_sink(descended)
+            plan = self.begin_from(self.with_best_sink(best.plan))
             keep(plan)
         vain = 0  # sweeps in a row
         while len(self.measured) < self.evaluations and vain * self.heads_a_sweep < self.heads:
@@ -199,21 +195,19 @@ class _Refinement:
             vain = 0 if keep(plan) else vain + 1
         return result
 
-    def with_best_sink(self, plan: np.ndarray) -> np.ndarray:
-        """The plan of the same spans with the sink that is best for it; from now on all plans have that sink."""
-        before, found = self.plan(plan), [(self.loss(plan), self.space, plan)]
-        for sink in SINKS:
-            space = _Space.of(self.lengths, replace(self.config, sink=sink))
-            moved = space.numbers(before)
-            if sink != self.space.sink and sink <= space.most_sink and moved is not None:
-                found.append((self.measure(space.plan(self.loaded.identity, moved)), space, moved))
-        loss, self.space, plan = min(found, key=lambda one: one[0])
-        self.progress.say(f"refine: loss {found[0][0]:.4f} -> {loss:.4f}, a sink of {self.space.sink} tokens")
-        return plan
+    def with_best_sink(self, plan: Plan) -> Plan:
+        """The plan of the same spans with the sink that is best for it."""
+        others = [replace(plan, sink=sink) for sink in SINKS if sink != plan.sink and self.spaces[sink].can_take(plan)]
+        return min([plan, *others], key=self.measure)
 
-    def refined(self, plan: np.ndarray) -> Refined:
-        rules = self.space.rules
-        return Refined(rules.alpha[plan], rules.beta[plan], self.space.sink, self.loss(plan), len(self.measured))
+    def begin_from(self, plan: Plan) -> np.ndarray:
+        """The plan as numbers; plans have its sink from now on."""
+        self.space = self.spaces[plan.sink]
+        self.progress.say(f"refine: loss {self.measure(plan):.4f}, with a sink of {plan.sink} tokens")
+        return self.space.numbers(plan)
+
+    def refined(self, plan: Plan) -> Refined:
+        return Refined(plan, self.measure(plan), len(self.measured))
 
     def descended(self) -> np.ndarray | None:
         """The descent's plan; None where the allowance is too small, or no plan near it is within the budget."""
