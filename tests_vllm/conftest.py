@@ -55,8 +55,8 @@ def expected(dense, plan_file):
             found.append(output[0, len(ids) :].tolist())
         return found
 
-    def answer(prompts, tokens, ranks=1, length=LENGTH):
-        return under(head_groups(Plan.load(plan_file), length, ranks).plan, prompts, tokens)
+    def answer(prompts, tokens, ranks=1, length=LENGTH, plan=plan_file):
+        return under(head_groups(Plan.load(plan), length, ranks).plan, prompts, tokens)
 
     answer.dense = lambda prompts, tokens: under(Plan.dense(dense.identity), prompts, tokens)
     return answer

@@ -1,5 +1,7 @@
 """vLLM under a plan says what `moa.apply` says, and holds the pages that the plan keeps."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine import random_prompts
@@ -42,6 +44,19 @@ def test_chunks_of_64_tokens_and_cached_prefixes(run_engine, plan_file, prompts,
     result = run_engine([round_of(prompts), round_of(prompts)], plan_file, max_num_batched_tokens=64, max_num_seqs=16)
     assert result["outputs"] == [answers, answers]
     assert result["cached_tokens"] > sum(LENGTHS) / 2
+    assert result["free_after"] == [result["free_before"]] * 2
+
+
+def test_a_sink_of_several_pages(run_engine, plan_file, expected, tmp_path):
+    """It ends within its third page, and prompts end within it, behind it, and far behind it."""
+    replace(Plan.load(plan_file), sink=70).save(tmp_path / "plan.json")
+    prompts = random_prompts([33, 69, 71, 100, 333, 1000, 2100], seed=6)
+    tokens = [NEW] * len(prompts)
+    answers = expected(prompts, tokens, plan=tmp_path / "plan.json")
+    assert answers != expected(prompts, tokens), "or the sink of the other plan would pass, too"
+    result = run_engine([round_of(prompts), round_of(prompts)], tmp_path / "plan.json", max_num_batched_tokens=64)
+    assert result["outputs"] == [answers, answers]
+    assert result["cached_tokens"] > 0
     assert result["free_after"] == [result["free_before"]] * 2
 
 

@@ -12,8 +12,9 @@ from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
 from moa.search.facts import FACTS, HELD_OUT_FACTS
-from moa.search.pipeline import BudgetConfig, Calibration, DataConfig, Run, run_optimize, search
+from moa.search.pipeline import BudgetConfig, Calibration, DataConfig, run_optimize, search
 from moa.search.profile import Profile
+from moa.search.run import Run
 from moa.search.tables import window_count
 from moa.search.text import TextSource, default_text
 
@@ -169,13 +170,13 @@ def test_a_search_without_data_is_refused(data):
 
 def test_a_stage_without_the_one_before_is_refused(tmp_path):
     with pytest.raises(InputError, match="moa calibrate"):
-        pipeline.Run(tmp_path).finished("calibrate")
+        Run(tmp_path).finished("calibrate")
 
 
 def test_a_run_of_another_model_is_refused(finished, demo_model):
     other = replace(demo_model, identity=replace(demo_model.identity, layers=31), name="other")
     with pytest.raises(InputError, match="calibrated with demo, not with other"):
-        pipeline.calibrated(pipeline.Run(finished[0]), other)
+        pipeline.calibrated(Run(finished[0]), other)
 
 
 def test_the_plan_file_is_the_plan(finished, tmp_path):

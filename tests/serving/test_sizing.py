@@ -1,6 +1,7 @@
 """How many sequences fit: whole pages, counted by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,13 @@ def test_a_request_holds_the_pages_of_sink_and_window_and_one_more():
     assert request_pages(groups, 16, in_flight=256) == 64 + 23 + 1 + 1
     assert request_pages(groups, 16, in_flight=4096) == 64 + 64, "never more than the sequence has"
     assert page_bytes(groups, 16, 2) == 2 * 16 * 2 * 8 * 2
+
+
+def test_a_longer_sink_takes_more_pages_and_its_window_fewer():
+    groups = two_spans()
+    longer = replace(groups, plan=replace(groups.plan, sink=36))
+    # 76 tokens of window touch at most 6 pages of 16 tokens; the sink of 36 tokens is three pages
+    assert request_pages(longer, 16) == 64 + 6 + 3
 
 
 def test_dense_takes_every_page_of_every_head():

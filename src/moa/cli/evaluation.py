@@ -126,8 +126,9 @@ def evaluate(
 def _losses(run_dir: Path, mixture: str) -> Any:
     """Loss tables per KV head of a finished search."""
     from moa.progress import SILENT
-    from moa.search.pipeline import Run, profiled
+    from moa.search.pipeline import profiled
     from moa.search.profile import kv_losses
+    from moa.search.run import Run
 
     tables, _, identity = profiled(Run(run_dir, SILENT))
     return kv_losses(tables, identity.kv_heads, weights_of(mixture))

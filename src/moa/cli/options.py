@@ -86,9 +86,9 @@ def load(model: str, dtype: str, device: str, quiet: bool) -> Any:
 
 
 def open_run(folder: Path, quiet: bool) -> Any:
-    """The `moa.search.pipeline.Run` in a folder."""
+    """The `moa.search.run.Run` in a folder."""
     from moa.progress import Progress
-    from moa.search.pipeline import Run
+    from moa.search.run import Run
 
     return Run(folder, Progress(quiet))
 

@@ -1,20 +1,16 @@
-"""The five stages in order, in a run directory that remembers what is done.
+"""The five stages in order.
 
     text -> calibrate -> profile -> optimize -> refine -> validate -> plan
 
-Each stage is a function from the last stage's result to the next. Its result lies in a folder of its own beside a
-manifest, whose key is a hash of everything the result depends on, the key of the stage before included. A stage whose
-key stands in its manifest is read instead of run, so a second call resumes, and a changed setting redoes what depends
-on it and nothing else.
+Each stage is a function from the last stage's result to the next; `moa.search.run` remembers what is done.
 """
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +31,11 @@ from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import SINKS, refine
+from moa.search.run import Run
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
-T = TypeVar("T")
 _EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
@@ -144,50 +140,6 @@ class BudgetConfig:
             points=self.points,
             grid=grids[self.grid],
         )
-
-
-class Run:
-    """A run directory."""
-
-    def __init__(self, folder: Path, progress: Progress = SILENT):
-        self.folder, self.progress = folder, progress
-
-    def stage(
-        self, name: str, inputs: Mapping[str, Any], read: Callable[[Path], T], compute: Callable[[Path], T]
-    ) -> tuple[T, str]:
-        """Result of a stage, read if it is done for these inputs, else computed (``compute`` writes it too).
-
-        Returns
-        -------
-        (result, key of the result)
-        """
-        canonical = json.loads(json.dumps(inputs, sort_keys=True, default=str))
-        key = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
-        folder = self.folder / name
-        manifest = folder / "manifest.json"
-        if manifest.is_file() and read_json(manifest).get("key") == key:
-            self.progress.say(f"{name}: already done, read from {folder}")
-            return read(folder), key
-        manifest.unlink(missing_ok=True)  # from here on the folder's result is not that of the old key
-        started = time.perf_counter()
-        result = compute(folder)
-        seconds = round(time.perf_counter() - started, 2)
-        write_json(manifest, {"key": key, "seconds": seconds, "inputs": canonical})
-        return result, key
-
-    def finished(self, name: str) -> tuple[dict[str, Any], str]:
-        """What a finished stage was computed from, and its key.
-
-        Raises
-        ------
-        InputError
-            If the stage has not been run here.
-        """
-        manifest = self.folder / name / "manifest.json"
-        if not manifest.is_file():
-            raise InputError(f"{self.folder} holds no finished {name} stage; run `moa {name}` (or `moa search`) first")
-        found = read_json(manifest)
-        return found["inputs"], found["key"]
 
 
 @dataclass(frozen=True)
