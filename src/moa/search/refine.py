@@ -173,7 +173,7 @@ class _Refinement:
         self.measured: set[str] = set()
 
     def run(self) -> list[Refined]:
-        result = [self.refined(self.with_best_sink(plan)) for plan in self.plans]
+        result = [self.refined(self.with_best_sink(plan)) for plan in self.progress.track(self.plans, "sinks")]
         best = min(result, key=lambda start: start.loss)
         plan = self.begin_from(best.plan)
 
