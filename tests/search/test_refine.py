@@ -170,6 +170,16 @@ def test_the_shortest_heads_keep_a_window_three_times_as_long(measured, monkeypa
     assert found.plan.spans(LENGTH).min() >= 4 * most
 
 
+def test_no_sink_makes_a_head_longer(measured, monkeypatch):
+    least_at(64, monkeypatch)
+    alpha, beta = np.zeros((4, 2)), np.full((4, 2), 0.5)
+    alpha[1, 0], beta[1, 0] = 32, 0
+    own = Plan.from_arrays(IDENTITY, alpha, beta)
+    start = refine(Loaded(), [own], ITEMS, {"retrieval": 1.0}, OptimizeConfig(0.9, points=1), 8)[0].plan
+    assert start.sink == 16, "with 32 the shortest span would be 48 tokens"
+    np.testing.assert_array_equal(start.spans(LENGTH), own.spans(LENGTH))
+
+
 def test_heads_take_rules_of_the_grid(measured):
     *_, found = refined(0.6, grid=RuleGrid.binary())
     rules = np.stack([found.plan.alpha, found.plan.beta], axis=-1).reshape(-1, 2)
