@@ -104,44 +104,40 @@ def refine(
 
 @dataclass(frozen=True)
 class _Space:
-    """Plans with one sink: int64 [layers, heads], numbers of rules.
+    """Plans with one sink: int64 [layers, heads], numbers of the budget's rules.
 
     Attributes
     ----------
-    sink : int
-    rules : Rules
-        By rising cost.
     budget : Budget
     tried : int64 array
         Numbers of the rules that sweeps try.
     """
 
-    sink: int
-    rules: Rules
     budget: Budget
     tried: np.ndarray
 
     @classmethod
     def of(cls, lengths: Sequence[int], config: OptimizeConfig) -> "_Space":
-        rules = Rules.within(lengths, config)
-        budget = Budget(rules, config)
-        return cls(config.sink, rules, budget, _tried(budget))
+        budget = Budget(Rules.within(lengths, config), config)
+        return cls(budget, _tried(budget))
 
     def plan(self, model: ModelIdentity, numbers: np.ndarray) -> Plan:
-        return Plan.from_arrays(model, self.rules.alpha[numbers], self.rules.beta[numbers], self.sink)
+        rules, sink = self.budget.rules, self.budget.config.sink
+        return Plan.from_arrays(model, rules.alpha[numbers], rules.beta[numbers], sink)
 
     def numbers(self, plan: Plan) -> np.ndarray:
         """What `plan` is made from; of rules that give the same spans, one."""
         number = {tuple(spans): rule for rule, spans in enumerate(self.budget.spans.T.tolist())}
-        spans = np.stack([plan.spans(length) for length in self.rules.spans], axis=-1)
+        spans = np.stack([plan.spans(length) for length in self.budget.rules.spans], axis=-1)
         found = [number[tuple(head)] for head in spans.reshape(-1, spans.shape[-1]).tolist()]
         return np.array(found).reshape(spans.shape[:-1])
 
     def can_take(self, plan: Plan) -> bool:
         """Whether a plan's spans stay the same with this sink, and the shortest heads' windows long enough."""
-        same = all((replace(plan, sink=self.sink).spans(n) == plan.spans(n)).all() for n in self.rules.spans)
+        sink = self.budget.config.sink
+        same = all((replace(plan, sink=sink).spans(n) == plan.spans(n)).all() for n in self.budget.rules.spans)
         shortest = self.budget.spans[0, self.budget.worth_measuring].min()
-        return same and bool(self.sink <= _SINK * shortest)
+        return same and bool(sink <= _SINK * shortest)
 
 
 class _Refinement:
@@ -163,7 +159,7 @@ class _Refinement:
         self.items, self.weights = _some(items), weights
         self.lengths = sorted({length for length, _ in items.items})
         self.divergence = Divergence(loaded, self.items, weights)
-        self.spaces = {sink: _Space.of(self.lengths, replace(config, sink=sink)) for sink in (config.sink, *SINKS)}
+        self.spaces = {sink: _Space.of(self.lengths, replace(config, sink=sink)) for sink in {config.sink, *SINKS}}
         self.space = self.spaces[config.sink]
         self.shape = loaded.identity.layers, loaded.identity.kv_heads
         self.heads = self.shape[0] * self.shape[1]
@@ -214,12 +210,12 @@ class _Refinement:
         allowance = int(_DESCENT * self.evaluations)
         if allowance < LEAST_EVALUATIONS * self.heads:
             return None
-        rules, budget = self.space.rules, self.space.budget
-        spans = {length: spans for length, spans in rules.spans.items() if length >= self.lengths[0]}
+        budget = self.space.budget
+        spans = {length: spans for length, spans in budget.rules.spans.items() if length >= self.lengths[0]}
         plan = descend(
             self.loss,
             self.shape,
-            replace(budget, rules=replace(rules, spans=spans)),  # tokens count where it is measured
+            replace(budget, rules=replace(budget.rules, spans=spans)),  # tokens count where it is measured
             allowance,
             self.progress,
             around=lambda plan: self.divergence.around(self.plan(plan)),
@@ -249,7 +245,7 @@ class _Refinement:
         trials = [(head, rule) for head in heads for rule in self.beside(plan.flat[head])]
         self.divergence.around(self.plan(plan))
         before = self.loss(plan)
-        change = np.full((plan.size, len(self.space.rules.alpha)), np.inf)
+        change = np.full((plan.size, len(self.space.budget.rules.alpha)), np.inf)
         change[np.arange(plan.size), plan.reshape(-1)] = 0.0
         for head, rule in self.progress.track(trials, "refine"):
             if len(self.measured) >= self.evaluations:
