@@ -16,6 +16,12 @@ def test_questions_are_stretches_of_the_text():
     assert [found.tolist() for found in item(5).questions] == [[0]]
 
 
+def test_the_first_question_counts_as_much_as_all_later_ones():
+    nats = np.array([3.0, 0.0, 1.0, 0.0])
+    assert lost(item(5, 8, 11, 14), nats) == pytest.approx((1 - np.exp(-3)) / 2 + (1 - np.exp(-1)) / 6)
+    assert lost(item(5), nats[:1]) == pytest.approx(1 - np.exp(-3))
+
+
 def test_an_answer_is_lost_by_any_of_its_tokens():
     found, wrong = [0, 0, 0], [1, 1]
     assert lost(item(5, 6, 7, 12, 13), np.array([*found, *wrong])) == pytest.approx((1 - np.exp(-2)) / 2)

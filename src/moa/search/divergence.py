@@ -5,6 +5,9 @@ takes to say: once the first is said the others are mere copying, and their mean
 So a question costs ``1 - exp(-D)``, D the divergence over its whole answer: where the dense model is sure, that is the
 chance that the answer is another one. It also keeps a few questions that are lost for good from outweighing all those
 that may still be saved.
+
+Of several questions about a text the first counts as much as all the others together. Those have an answer before them
+that shows how the text says such things, and are much easier to answer; most users ask once.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -24,7 +27,7 @@ from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.layer_outputs import LayerOutputs
 from moa.search.tables import SHORTEST
 
-MEASURE = "lost-answers"  # part of the keys of results: what was measured in another way is not that
+MEASURE = "lost-first-answers"  # part of the keys of results: what was measured in another way is not that
 
 
 class Divergence:
@@ -65,7 +68,7 @@ class Divergence:
         self._outputs.forget()
 
     def by_source(self, plan: Plan) -> dict[str, float]:
-        """Loss for each source: mean over an item's questions or tokens, then items, then lengths.
+        """Loss for each source: of an item, then the mean over items, then over lengths.
 
         Retrieval: `lost`, 0 to 1. Other sources: nats per token that carries loss.
         """
@@ -109,8 +112,12 @@ class Divergence:
 
 
 def lost(item: CalibrationItem, nats: np.ndarray) -> float:
-    """Mean over an item's questions of ``1 - exp(-D)``, D the sum of ``nats`` (of each token of ``item.loss``)."""
-    return float(np.mean([-np.expm1(-nats[tokens].sum()) for tokens in item.questions]))
+    """Mean over an item's questions of ``1 - exp(-D)``, D the sum of ``nats`` (of each token of ``item.loss``).
+
+    The first question counts one half, where there are others.
+    """
+    first, *later = (float(-np.expm1(-nats[tokens].sum())) for tokens in item.questions)
+    return float(np.mean([first, np.mean(later)])) if later else first
 
 
 def _mean(item: CalibrationItem, nats: np.ndarray) -> float:
