@@ -7,6 +7,7 @@ sink's slots stay and the rest is a ring. Keys are stored after the rotary embed
 not matter to the softmax. How many tokens a pair was given, ``written[p]``, is all the state there is.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +19,7 @@ import torch
 class Group:
     """Pairs of equal capacity: ``first`` to ``last`` in the order of storage.
 
-    ``keys`` and ``values`` are their part of the buffers, in place: [pairs, capacity, dim].
+    ``keys`` and ``values`` are their part of the buffers, in place: [pairs, 1, capacity, dim].
     """
 
     first: int
@@ -58,7 +59,8 @@ class SpanStore:
         self.rows, self.heads = capacity.shape
         self.sink = sink
         self.capacity = capacity.reshape(-1).astype(np.int64)
-        self.order = np.argsort(self.capacity, kind="stable")
+        _, first, size = np.unique(self.capacity, return_index=True, return_inverse=True)
+        self.order = np.argsort(first[size], kind="stable")  # equal ones where the first of them is
         self.in_order = bool((self.order == np.arange(len(self.order))).all())
         self._ring = np.maximum(self.capacity - sink, 1)
         ordered = self.capacity[self.order]
@@ -66,19 +68,19 @@ class SpanStore:
         self.offset = np.empty_like(self.capacity)
         self.offset[self.order] = starts[:-1]
         self.written = np.zeros_like(self.capacity)
-        sizes, firsts = np.unique(ordered, return_index=True)
+        bounds = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(ordered)]
         self.keys = like_key.new_empty(int(starts[-1]), like_key.shape[-1])
         self.values = like_value.new_empty(int(starts[-1]), like_value.shape[-1])
         self.groups = tuple(
             Group(
-                int(first),
-                int(last),
+                first,
+                last,
                 *(
-                    buffer[starts[first] : starts[last]].view(int(last - first), int(size), -1)
+                    buffer[starts[first] : starts[last]].view(last - first, 1, int(ordered[first]), -1)
                     for buffer in (self.keys, self.values)
                 ),
             )
-            for size, first, last in zip(sizes, firsts, [*firsts[1:], len(ordered)], strict=True)
+            for first, last in itertools.pairwise(bounds)
         )
 
     def stored(self) -> np.ndarray:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moa.attention import sdpa
 from moa.attention.options import AttentionOptions
 from moa.attention.reference import span_attention, visible_keys
+from moa.storage import SpanStore
 
 
 def tensors(rows, heads, group, tokens, dim=16, dtype=torch.float64, seed=0):
@@ -77,3 +78,29 @@ def test_prefill_keeps_the_dtype_and_its_accuracy(dtype):
     got = sdpa.prefill(q.to(dtype), k.to(dtype), v.to(dtype), spans, 64, options)
     assert got.dtype == dtype
     assert (got.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decoding_equals_the_definition_whatever_the_threads(threads, dtype, monkeypatch):
+    """Heads in plenty go to PyTorch's attention, a few to products that share them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    attention, called = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        sdpa.F, "scaled_dot_product_attention", lambda *args, **kwargs: called.append(1) or attention(*args, **kwargs)
+    )
+    tokens, prompt, sink = 60, 55, 4
+    q, k, v = tensors(2, 3, 2, tokens)
+    spans = np.array([[16, 60, 16], [60, 32, 16]])
+    options = AttentionOptions(0.4)
+    store = SpanStore(spans, sink, k.to(dtype), v.to(dtype))
+
+    def read(start, end):
+        return sdpa.attend(store, *(x[:, :, start:end].to(dtype) for x in (q, k, v)), None, options)
+
+    read(0, prompt)
+    called.clear()
+    got = torch.cat([read(token, token + 1) for token in range(prompt, tokens)], dim=2)
+    assert bool(called) == (threads == 1)
+    expected = span_attention(q, k, v, torch.from_numpy(spans), sink, options)[:, :, prompt:]
+    assert (got.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)

@@ -104,10 +104,10 @@ def _decode(
     store.values.index_copy_(0, slots, value.reshape(pairs, -1))
     store.written += 1
 
-    grouped = query.reshape(pairs, -1, dim)
-    sink_logits = _logits_per_pair(options.sink_logits, rows, grouped.shape[:2])
+    query = query.reshape(pairs, -1, 1, dim)
+    sink_logits = _logits_per_pair(options.sink_logits, rows, query.shape[:2])
     if not store.in_order:
-        grouped = grouped.index_select(0, store.to_order)
+        query = query.index_select(0, store.to_order)
         sink_logits = None if sink_logits is None else sink_logits.index_select(0, store.to_order)
     stored = store.stored()[store.order].tolist()
     outputs = []
@@ -115,12 +115,12 @@ def _decode(
         members = slice(group.first, group.last)
         filled = stored[members]
         most = max(filled)
-        full = most == group.keys.shape[1]
+        full = most == group.keys.shape[2]
         outputs.append(
             decode_group(
-                grouped[members],
-                group.keys if full else group.keys[:, :most],
-                group.values if full else group.values[:, :most],
+                query[members],
+                group.keys if full else group.keys[:, :, :most],
+                group.values if full else group.values[:, :, :most],
                 options,
                 None if sink_logits is None else sink_logits[members],
                 None if min(filled) == most else torch.tensor(filled, device=query.device),
@@ -282,8 +282,8 @@ def decode_group(
 
     Parameters
     ----------
-    query : [pairs, group, head_dim]
-    key, value : [pairs, keys, dim]
+    query : [pairs, group, 1, head_dim]
+    key, value : [pairs, 1, keys, dim]
         In any order, the new token's included.
     sink_logits : [pairs, group], optional
     stored : int64 [pairs], optional
@@ -291,16 +291,19 @@ def decode_group(
 
     Returns
     -------
-    [pairs, group, value_dim]
+    [pairs, group, 1, value_dim]
     """
     if stored is None and sink_logits is None and options.softcap is None:
-        # nothing but products: their threads share one long head, which PyTorch's attention on a CPU does not do
-        scores = torch.baddbmm(query.new_empty(1), query, key.transpose(1, 2), beta=0, alpha=options.scaling)
-        return torch.bmm(torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype), value)
+        if query.device.type == "cpu" and query.shape[0] * query.shape[1] >= torch.get_num_threads():
+            return F.scaled_dot_product_attention(query, key, value, scale=options.scaling, enable_gqa=True)
+        # there a head is one thread's, here threads share a head
+        scores = torch.baddbmm(query.new_empty(1), query[:, :, 0], key[:, 0].mT, beta=0, alpha=options.scaling)
+        weights = torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype)
+        return torch.bmm(weights, value[:, 0])[:, :, None]
     seen = None
     if stored is not None:
-        seen = (torch.arange(key.shape[1], device=key.device) < stored[:, None])[:, None, None, :]
-    return _softmax_attention(query[:, :, None], key, value, seen, options, sink_logits)[:, :, 0]
+        seen = (torch.arange(key.shape[2], device=key.device) < stored[:, None])[:, None, None, :]
+    return _softmax_attention(query, key[:, 0], value[:, 0], seen, options, sink_logits)
 
 
 def _softmax_attention(
