@@ -296,7 +296,7 @@ def decode_group(
     if stored is None and sink_logits is None and options.softcap is None:
         if query.device.type == "cpu" and query.shape[0] * query.shape[1] >= torch.get_num_threads():
             return F.scaled_dot_product_attention(query, key, value, scale=options.scaling, enable_gqa=True)
-        # there a head is one thread's, here threads share a head
+        # PyTorch's attention gives a head to one thread, in these products threads share one
         scores = torch.baddbmm(query.new_empty(1), query[:, :, 0], key[:, 0].mT, beta=0, alpha=options.scaling)
         weights = torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype)
         return torch.bmm(weights, value[:, 0])[:, :, None]
