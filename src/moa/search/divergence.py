@@ -7,7 +7,7 @@ chance that the answer is another one. It also keeps a few questions that are lo
 that may still be saved.
 
 Of several questions about a text the first counts as much as all the others together. Those have an answer before them
-that shows how the text says such things, and are much easier to answer.
+that shows how the text says such things, and are easier to answer.
 """
 
 from collections.abc import Callable, Hashable, Mapping
