@@ -27,7 +27,7 @@ from moa.search.defaults import ITEMS, VALIDATION_ITEMS, WEIGHTS
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
-from moa.search.items import FORMAT, CalibrationSet
+from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import SINKS, refine
@@ -166,7 +166,6 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
     lengths = data.lengths or ()
     validation_lengths = (*lengths, data.validation_length or 0)
     inputs = {
-        "format": FORMAT,
         "model": asdict(loaded.identity),
         "name": loaded.name,
         "dtype": str(loaded.model.dtype),
