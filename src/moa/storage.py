@@ -59,8 +59,8 @@ class SpanStore:
         self.rows, self.heads = capacity.shape
         self.sink = sink
         self.capacity = capacity.reshape(-1).astype(np.int64)
-        _, first, size = np.unique(self.capacity, return_index=True, return_inverse=True)
-        self.order = np.argsort(first[size], kind="stable")  # equal ones where the first of them is
+        _, first, which = np.unique(self.capacity, return_index=True, return_inverse=True)
+        self.order = np.argsort(first[which], kind="stable")  # equal ones where the first of them is
         self.in_order = bool((self.order == np.arange(len(self.order))).all())
         self._ring = np.maximum(self.capacity - sink, 1)
         ordered = self.capacity[self.order]
