@@ -37,18 +37,23 @@ class LayerOutputs:
         # a pass may begin at these layers, with what the one before gave
         self._starts = list(range(step, len(self._layers), step))
         self._tried = False
-        self._kept: dict[tuple[Hashable, int], Any] = {}
+        self._kept: dict[tuple[Hashable, int], list[Any]] = {}
 
     def forget(self) -> None:
         """Give the memory back."""
         self._kept.clear()
 
     def keep(self, name: Hashable, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Result of a forward pass, whose layers' outputs are kept under ``name``."""
+        """Result of a forward pass, whose layers' outputs are kept under ``name``.
+
+        ``run`` may call the model several times, on caches that it makes itself.
+        """
 
         def keeper(start: int) -> Callable[..., None]:
+            outputs = self._kept[name, start] = []
+
             def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-                self._kept[name, start] = output
+                outputs.append(output)
 
             return keep
 
@@ -70,11 +75,11 @@ class LayerOutputs:
         start = max((start for start in self._starts if start <= shared), default=0)
         if not start:
             return run()
-        output = self._kept[name, start]
+        outputs = iter(self._kept[name, start])
         with ExitStack() as stack:
             for layer in self._layers[: start - 1]:
                 stack.enter_context(_instead(layer, lambda hidden, *args, **kwargs: hidden))
-            stack.enter_context(_instead(self._layers[start - 1], lambda *args, **kwargs: output))
+            stack.enter_context(_instead(self._layers[start - 1], lambda *args, **kwargs: next(outputs)))
             return run()
 
 
