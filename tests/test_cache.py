@@ -134,24 +134,20 @@ def test_reordering_rows_moves_their_history():
     torch.testing.assert_close(attend(moved, *(tensor[order] for tensor in last)), expected)
 
 
-def test_rows_selected_into_a_new_cache_leave_the_old_one_as_it_is():
-    """Also where rows differ in length, heads in span, and some have evicted."""
+def test_rows_of_several_lengths_keep_their_history_when_selected():
+    """Heads differ in span, rows in length; some have evicted, some have not."""
     plan = one_layer_plan([6.0, 0.0], [0.0, 0.5])
+    lengths = np.array([40, 60, 80])
     q, k, v = random_tokens(3, 2, 33)
-    cache, alone = SpanCache(plan, [40, 60, 80]), SpanCache(plan, [40, 60, 80])
-    for each in (cache, alone):
+    cache, selected = SpanCache(plan, lengths), SpanCache(plan, lengths)
+    for each in (cache, selected):
         attend(each, *(tensor[:, :, :30] for tensor in (q, k, v)))
-    rows = np.array([2, 0, 2, 1])
-    fork = cache.selected(rows)
-    assert fork.row_lengths().tolist() == [80, 40, 80, 60]
-    for start, end in ((30, 32), (32, 33)):  # several tokens, then one
-        new = [tensor[:, :, start:end] for tensor in (q, k, v)]
-        expected = attend(alone, *new)
-        torch.testing.assert_close(attend(fork, *(tensor[rows] for tensor in new)), expected[rows])
-    assert cache.get_seq_length() == 30
-    again = SpanCache(plan, [40, 60, 80])
-    attend(again, *(tensor[:, :, :30] for tensor in (q, k, v)))
-    torch.testing.assert_close(attend(cache, *new), attend(again, *new))
+    rows = torch.tensor([2, 0, 2, 1])
+    selected.batch_select_indices(rows)
+    assert selected.row_lengths().tolist() == [80, 40, 80, 60]
+    for columns in (slice(30, 32), slice(32, 33)):  # several tokens, then one
+        new = [tensor[:, :, columns] for tensor in (q, k, v)]
+        torch.testing.assert_close(attend(selected, *(tensor[rows] for tensor in new)), attend(cache, *new)[rows])
 
 
 def test_repeating_rows_repeats_their_history():

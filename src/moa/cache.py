@@ -4,7 +4,6 @@ A layer counts rows and columns and refuses what would go wrong; `moa.storage` k
 `moa.attention` reads and writes them.
 """
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,13 +67,13 @@ class SpanLayer(CacheLayerMixin):
         """Larger spans for longer sequences. Spans never shrink, and what was evicted stays evicted."""
         self.lengths = np.maximum(self.lengths, lengths)
         self.spans = np.maximum(self.spans, spans)
-        self.store = self.store.grown(self._capacity())
+        self.store = self.store.moved(np.arange(len(self.seen)), self._capacity())
 
     def select_rows(self, rows: np.ndarray) -> None:
         """Row i becomes a copy of what row ``rows[i]`` is."""
         if self.is_initialized:
             self.seen, self.lengths, self.spans = self.seen[rows], self.lengths[rows], self.spans[rows]
-            self.store = self.store.selected(rows)
+            self.store = self.store.moved(rows, self._capacity())
 
     def attend(
         self,
@@ -276,15 +275,6 @@ class SpanCache(Cache):
             self._lengths = self._lengths[rows]
         for layer in self.span_layers:
             layer.select_rows(rows)
-
-    def selected(self, rows: np.ndarray) -> "SpanCache":
-        """A new cache, whose row i is a copy of row ``rows[i]`` (int64) of this one: to go on from one text in several
-        ways."""
-        other = copy.copy(self)
-        other.span_layers = [copy.copy(layer) for layer in self.span_layers]  # a layer replaces what it selects from
-        other.layers = list(other.span_layers)
-        other.batch_select_indices(torch.from_numpy(rows))
-        return other
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = len(self.span_layers[0].seen) if self.span_layers[0].is_initialized else 0

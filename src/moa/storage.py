@@ -100,27 +100,13 @@ class SpanStore:
             tokens[: self.sink] = np.arange(self.sink)
         return self.slot(np.array(pair), tokens)
 
-    def selected(self, rows: np.ndarray) -> "SpanStore":
-        """New storage whose row i is a copy of row ``rows[i]`` here."""
-        pairs = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)  # the pair behind each new pair
-        target = SpanStore(self.capacity[pairs].reshape(-1, self.heads), self.sink, self.keys, self.values)
-        target.written = self.written[pairs]
-        place = np.argsort(self.order)
-        of_capacity = {group.keys.shape[2]: group for group in self.groups}
-        for group in target.groups:
-            source = of_capacity[group.keys.shape[2]]
-            members = place[pairs[target.order[group.first : group.last]]] - source.first
-            index = torch.from_numpy(members).to(self.keys.device)
-            torch.index_select(source.keys, 0, index, out=group.keys)
-            torch.index_select(source.values, 0, index, out=group.values)
-        return target
-
-    def grown(self, capacity: np.ndarray) -> "SpanStore":
-        """New storage that holds what this one does, in ``capacity`` [rows, kv_heads] slots.
+    def moved(self, rows: np.ndarray, capacity: np.ndarray) -> "SpanStore":
+        """New storage whose row i holds what row ``rows[i]`` holds here, in ``capacity`` [len(rows), kv_heads] slots.
 
         No pair may get less room than it has. Its tokens are laid out in order of age, as if there had been no others.
         """
-        slots = [self.ordered_slots(pair) for pair in range(len(self.capacity))]
+        source = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)  # the pair behind each new pair
+        slots = [self.ordered_slots(pair) for pair in source]
         target = SpanStore(capacity, self.sink, self.keys, self.values)
         target.written = np.array([len(old) for old in slots], np.int64)
         new = np.concatenate([start + np.arange(len(old)) for start, old in zip(target.offset, slots, strict=True)])

@@ -1,7 +1,6 @@
 """Passes that begin in the middle give what whole passes give, and leave out what they can."""
 
 from dataclasses import replace
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 
 from moa.plan import ModelIdentity, Plan
 from moa.search import layer_outputs
-from moa.search.divergence import Divergence, by_source
-from moa.search.items import CalibrationItem, CalibrationSet, Question
+from moa.search.divergence import Divergence
+from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.layer_outputs import LayerOutputs
 from tiny_models import EXTRA, random_ids, random_plan, tiny_model
 
@@ -19,20 +18,16 @@ LAYERS = 4
 WEIGHTS = {"retrieval": 1.0, "text": 0.5}
 
 
-def with_questions(item):
-    question = Question(item.input_ids[-20:], np.arange(10, 20))
-    return replace(item, text=item.input_ids[:-20], questions=(question, question))
-
-
 def divergence_of(model):
-    """Texts are read at once, and questions after their texts."""
     loaded = SimpleNamespace(model=model, identity=ModelIdentity.of(model.config))
     answer = np.arange(290, 300)
-    items = {}
-    for length, source in product((300, 400), WEIGHTS):
-        texts = random_ids(3, length, seed=len(source) + length).numpy()
-        members = [CalibrationItem(ids, answer, answer) for ids in texts]
-        items[length, source] = tuple(map(with_questions, members) if source == "retrieval" else members)
+    cells = {(length, source): 3 for length in (300, 400) for source in WEIGHTS}
+    items = {
+        key: tuple(
+            CalibrationItem(ids, answer, answer) for ids in random_ids(count, key[0], seed=len(key[1]) + key[0]).numpy()
+        )
+        for key, count in cells.items()
+    }
     return Divergence(loaded, CalibrationSet(items), WEIGHTS)
 
 
@@ -51,13 +46,13 @@ def test_measured_around_a_plan_is_as_measured_alone(model_type):
     plan = random_plan(model, sink=4, block=16)
     plans = [*neighbours(plan), plan, replace(plan, sink=20), Plan.dense(plan.model)]
     measure = divergence_of(model)
-    alone = [by_source(measure.losses(other)) for other in plans]
+    alone = [measure.by_source(other) for other in plans]
     assert len({str(losses) for losses in alone}) == len(plans), "each layer matters, or the test could not fail"
     measure.around(plan)
     for other, losses in zip(plans, alone, strict=True):
-        assert by_source(measure.losses(other)) == pytest.approx(losses, rel=1e-3, abs=1e-6)
+        assert measure.by_source(other) == pytest.approx(losses, rel=1e-3, abs=1e-6)
     measure.around(plans[0])
-    assert by_source(measure.losses(plans[1])) == pytest.approx(alone[1], rel=1e-3, abs=1e-6)
+    assert measure.by_source(plans[1]) == pytest.approx(alone[1], rel=1e-3, abs=1e-6)
 
 
 def passes(model, run):
@@ -81,18 +76,17 @@ def passes(model, run):
 def test_shared_layers_are_left_out(monkeypatch, held, skipped):
     model = tiny_model(num_hidden_layers=LAYERS)
     if held is not None:  # as many layers fit
-        tokens = 3 * 700 + 3 * (700 - 2 * 20) + 3 * 2 * 2 * 20
-        monkeypatch.setattr(layer_outputs, "_MOST_BYTES", held * 4 * tokens * 64)
+        monkeypatch.setattr(layer_outputs, "_MOST_BYTES", held * 4 * 3 * 700 * 64 * 2)
     plan = random_plan(model)
     measure = divergence_of(model)
-    whole = passes(model, lambda: by_source(measure.losses(plan)))[0]
+    whole = passes(model, lambda: measure.by_source(plan))[0]
     measure.around(plan)
-    by_source(measure.losses(plan))
+    measure.by_source(plan)
     for layer, other in zip(reversed(range(LAYERS)), neighbours(plan), strict=True):
-        counts = passes(model, lambda other=other: by_source(measure.losses(other)))
+        counts = passes(model, lambda other=other: measure.by_source(other))
         assert counts == [0] * skipped[layer] + [whole] * (LAYERS - skipped[layer])
     measure.forget()
-    assert passes(model, lambda: by_source(measure.losses(plan))) == [whole] * LAYERS
+    assert passes(model, lambda: measure.by_source(plan)) == [whole] * LAYERS
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
 
 
@@ -105,10 +99,10 @@ def test_layers_that_hand_on_more_than_their_output_all_run():
     last.mlp.register_forward_hook(lambda module, args, output: output + left.pop() if left else output)
     plan = random_plan(model)
     measure = divergence_of(model)
-    alone = [by_source(measure.losses(other)) for other in neighbours(plan)]
+    alone = [measure.by_source(other) for other in neighbours(plan)]
     measure.around(plan)
     for other, losses in zip(neighbours(plan), alone, strict=True):
-        assert by_source(measure.losses(other)) == pytest.approx(losses, rel=1e-3)
+        assert measure.by_source(other) == pytest.approx(losses, rel=1e-3)
 
 
 def test_a_forward_of_somebody_else_is_put_back():

@@ -1,12 +1,15 @@
 """Refining finds what first-order tables cannot see, within the budget, the same way each time."""
 
+from collections import defaultdict
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moa.plan import SINK, ModelIdentity, Plan
 from moa.search import refine as stage
 from moa.search.calibrate import CalibrateConfig, calibrate
-from moa.search.divergence import Divergence, by_source
+from moa.search.divergence import Divergence
 from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
 from moa.search.refine import refine
@@ -36,17 +39,13 @@ def measured(monkeypatch):
         def around(self, plan):
             pass
 
-        def losses(self, plan):
+        def by_source(self, plan):
             plans.append(plan)
             reach = plan.spans(LENGTH) / LENGTH
-            loss = 10 * (1 - reach[0].max()) + float((1 - reach[1:]).sum()) * 0.1
-            return {(LENGTH, "retrieval"): np.array([loss])}
+            return {"retrieval": 10 * (1 - reach[0].max()) + float((1 - reach[1:]).sum()) * 0.1}
 
         def total(self, by_source):
             return by_source["retrieval"]
-
-        def error(self, losses, others):
-            return 0.0
 
     monkeypatch.setattr(stage, "Divergence", Known)
     return plans
@@ -100,17 +99,17 @@ def test_the_density_holds_at_a_shorter_length_too(measured):
 def test_an_interrupted_call_goes_on(measured, tmp_path, monkeypatch):
     whole = refined()
     count = len(measured)
-    real = stage.Divergence.losses
+    real = stage.Divergence.by_source
 
     def interrupted(self, plan):
         if len(measured) == count + 60:
             raise KeyboardInterrupt
         return real(self, plan)
 
-    monkeypatch.setattr(stage.Divergence, "losses", interrupted)
+    monkeypatch.setattr(stage.Divergence, "by_source", interrupted)
     with pytest.raises(KeyboardInterrupt):
         refined(partial=tmp_path / "measured.json")
-    monkeypatch.setattr(stage.Divergence, "losses", real)
+    monkeypatch.setattr(stage.Divergence, "by_source", real)
     again = refined(partial=tmp_path / "measured.json")
     assert [plan_of(plan) for plan in again] == [plan_of(plan) for plan in whole]
     assert len(measured) < 2 * count + 40, "what was measured was not measured again"
@@ -126,12 +125,13 @@ def test_layers_keep_to_their_number_of_rules(measured, limit):
 
 def least_at(sink, monkeypatch):
     """The loss is higher by what the sink of a plan is away from this one; other than that as before."""
-    real = stage.Divergence.losses
+    real = stage.Divergence.by_source
 
-    def losses(self, plan):
-        return {key: items + abs(plan.sink - sink) / 1000 for key, items in real(self, plan).items()}
+    def by_source(self, plan):
+        found = real(self, plan)
+        return {"retrieval": found["retrieval"] + abs(plan.sink - sink) / 1000}
 
-    monkeypatch.setattr(stage.Divergence, "losses", losses)
+    monkeypatch.setattr(stage.Divergence, "by_source", by_source)
 
 
 @pytest.mark.parametrize("sink", stage.SINKS)
@@ -147,28 +147,19 @@ def test_the_sink_is_the_one_that_loses_least_at_the_same_spans(measured, monkey
     assert all(refined.plan.density(length) <= 0.8 for refined in found for length in (LENGTH, 2 * LENGTH))
 
 
-def test_the_sink_is_chosen_again_after_the_first_sweep_that_gains(measured, monkeypatch):
+def test_the_sink_is_chosen_again_after_the_descent(measured, monkeypatch):
     """A first plan that is best with the sink it has, and others that are not."""
-    real, first = stage.Divergence.losses, []
+    real, first = stage.Divergence.by_source, []
 
-    def losses(self, plan):
+    def by_source(self, plan):
         first.append(first[0] if first else plan.spans(LENGTH))
         best = SINK if np.array_equal(plan.spans(LENGTH), first[0]) else 32
-        return {key: items + abs(plan.sink - best) / 1000 for key, items in real(self, plan).items()}
+        return {"retrieval": real(self, plan)["retrieval"] + abs(plan.sink - best) / 1000}
 
-    monkeypatch.setattr(stage.Divergence, "losses", losses)
-    start, swept, again, *_ = refined(0.5)
-    assert (start.plan.sink, swept.plan.sink, again.plan.sink) == (SINK, SINK, 32)
-    np.testing.assert_array_equal(again.plan.spans(LENGTH), swept.plan.spans(LENGTH))
-
-
-def test_a_change_that_may_be_chance_is_not_made(measured, monkeypatch):
-    """Heads that seem to gain by ever shorter spans, but not beyond the error of it."""
-    monkeypatch.setattr(stage.Divergence, "losses", lambda self, plan: {(LENGTH, "text"): plan.spans(LENGTH)[1:2, 0]})
-    monkeypatch.setattr(stage.Divergence, "total", lambda self, by_source: 1 + by_source["text"] / LENGTH)
-    assert len(refined()) > 1
-    monkeypatch.setattr(stage.Divergence, "error", lambda self, losses, others: 1.1)
-    assert len(refined()) == 1
+    monkeypatch.setattr(stage.Divergence, "by_source", by_source)
+    start, descended, again, *_ = refined(0.5)
+    assert (start.plan.sink, descended.plan.sink, again.plan.sink) == (SINK, SINK, 32)
+    np.testing.assert_array_equal(again.plan.spans(LENGTH), descended.plan.spans(LENGTH))
 
 
 @pytest.mark.parametrize(("density", "most"), [(0.9, 64), (0.5, 32), (0.25, 16), (0.1, SINK)])
@@ -213,28 +204,41 @@ def divergence(demo_model):
 @pytest.mark.slow
 def test_divergence_is_none_for_dense_and_the_weights_for_the_shortest_spans(divergence, demo_model):
     measure, _ = divergence
-    dense = by_source(measure.losses(Plan.dense(demo_model.identity)))
+    dense = measure.by_source(Plan.dense(demo_model.identity))
     assert set(dense) == {"retrieval", "text"}
     assert all(abs(loss) < 1e-4 for loss in dense.values())
     shape = (demo_model.identity.layers, demo_model.identity.kv_heads)
-    shortest = by_source(measure.losses(Plan.from_arrays(demo_model.identity, np.full(shape, 128.0), np.zeros(shape))))
+    shortest = measure.by_source(Plan.from_arrays(demo_model.identity, np.full(shape, 128.0), np.zeros(shape)))
     assert min(shortest.values()) > 0.01
     assert measure.total(shortest) == pytest.approx(1.5)
 
 
 @pytest.mark.slow
-def test_divergence_of_a_text_is_the_mean_over_its_tokens(divergence, demo_model):
-    from moa.evaluation.likelihood import answer_log_probs, divergences
+def test_divergence_is_the_mean_over_items_of_one_by_one(divergence, demo_model):
+    """Of a text over its tokens; of retrieval over its questions, the first as much as the others together."""
+    import torch
+
+    from moa.evaluation.likelihood import answer_log_probs
     from moa.runtime import apply
 
     measure, items = divergence
     plan = Plan.uniform(demo_model.identity, 0.6)
-    found = measure.losses(plan)
-    for key, members in items.items.items():
-        if key[1] == "text":
-            dense = [answer_log_probs(demo_model.model, item) for item in members]
+    losses = {"retrieval": [], "text": []}
+    for (_, source), members in items.items.items():
+        for item in members:
+            told = replace(item, answer=item.loss)
+            dense = answer_log_probs(demo_model.model, told)
             with apply(demo_model.model, plan):
-                others = [answer_log_probs(demo_model.model, item) for item in members]
-            expected = [divergences(*pair).mean() for pair in zip(dense, others, strict=True)]
-            assert found[key] == pytest.approx(np.array(expected), rel=1e-3)
-    assert by_source(found)["text"] == pytest.approx(np.mean(expected), rel=1e-3)
+                other = answer_log_probs(demo_model.model, told)
+            nats = torch.nn.functional.kl_div(other, dense, log_target=True, reduction="none").sum(-1)
+            if source == "retrieval":
+                questions = defaultdict(float)
+                for rank, (place, number) in enumerate(zip(item.loss, nats.tolist(), strict=True)):
+                    questions[place - rank] += number  # neighbours in the text have the same difference
+                first, *others = (1 - np.exp(-total) for total in questions.values())
+                losses[source].append((first + sum(others) / len(others)) / 2 if others else first)
+            else:
+                losses[source].append(float(nats.mean()))
+    found = measure.by_source(plan)
+    for source, expected in losses.items():
+        assert found[source] == pytest.approx(np.mean(expected), rel=1e-3)

@@ -220,20 +220,6 @@ FACTS = (
         _SHIPS,
     ),
     Fact(
-        "Here is the {key}: {value}. You will need it again.",
-        "What is the {key} that you need again?",
-        "The {key} is {value}.",
-        ("secret number", "winning number", "emergency number"),
-        6,
-    ),
-    Fact(
-        "{value} opens the {key}.",
-        "Which number opens the {key}?",
-        "{value} opens the {key}.",
-        "safe vault locker chest cellar cabinet".split(),
-        7,
-    ),
-    Fact(
         "The voucher of {key} reads {value}.",
         "What does the voucher of {key} read?",
         "The voucher of {key} reads {value}.",

@@ -37,23 +37,18 @@ class LayerOutputs:
         # a pass may begin at these layers, with what the one before gave
         self._starts = list(range(step, len(self._layers), step))
         self._tried = False
-        self._kept: dict[tuple[Hashable, int], list[Any]] = {}
+        self._kept: dict[tuple[Hashable, int], Any] = {}
 
     def forget(self) -> None:
         """Give the memory back."""
         self._kept.clear()
 
     def keep(self, name: Hashable, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Result of a forward pass, whose layers' outputs are kept under ``name``.
-
-        ``run`` may call the model several times, on caches that it makes itself.
-        """
+        """Result of a forward pass, whose layers' outputs are kept under ``name``."""
 
         def keeper(start: int) -> Callable[..., None]:
-            outputs = self._kept[name, start] = []
-
             def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-                outputs.append(output)
+                self._kept[name, start] = output
 
             return keep
 
@@ -75,11 +70,11 @@ class LayerOutputs:
         start = max((start for start in self._starts if start <= shared), default=0)
         if not start:
             return run()
-        outputs = iter(self._kept[name, start])
+        output = self._kept[name, start]
         with ExitStack() as stack:
             for layer in self._layers[: start - 1]:
                 stack.enter_context(_instead(layer, lambda hidden, *args, **kwargs: hidden))
-            stack.enter_context(_instead(self._layers[start - 1], lambda *args, **kwargs: next(outputs)))
+            stack.enter_context(_instead(self._layers[start - 1], lambda *args, **kwargs: output))
             return run()
 
 

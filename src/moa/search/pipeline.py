@@ -27,7 +27,7 @@ from moa.search.defaults import ITEMS, VALIDATION_ITEMS, WEIGHTS
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
-from moa.search.items import FORMAT, CalibrationSet
+from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import SINKS, refine
@@ -36,7 +36,7 @@ from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
-_EVALUATIONS, _HEAD_EVALUATIONS = 400, 9  # plans to measure: in all, and for each KV head
+_EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -106,7 +106,7 @@ class BudgetConfig:
     points : int
         Cuts of each objective's range.
     evaluations : int, optional
-        Plans to measure in the refine stage; 0 leaves it out. By default 400, and at least nine for each KV head.
+        Plans to measure in the refine stage; 0 leaves it out. By default 640, and at least ten for each KV head.
     """
 
     density: float = 0.5
@@ -166,7 +166,6 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
     lengths = data.lengths or ()
     validation_lengths = (*lengths, data.validation_length or 0)
     inputs = {
-        "format": FORMAT,
         "model": asdict(loaded.identity),
         "name": loaded.name,
         "dtype": str(loaded.model.dtype),
@@ -283,7 +282,7 @@ def run_refine(
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
-        partial = folder / f"losses-{MEASURE}-{upstream}.json"
+        partial = folder / f"measured-{MEASURE}-{upstream}.json"
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         start = min(refined.loss for refined in found[: len(plans)])  # these are the optimizer's
         result = []

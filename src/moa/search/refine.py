@@ -1,17 +1,17 @@
 """The refine stage: the last choices are made by measurement.
 
 A loss table is of first order and knows one head at a time: it cannot see that two heads stand in for each other, or
-that a head matters only while another one works. Here plans run for real, at all profile lengths. *Sweeps* try, for
-each head alone, a few rules beside its own. An exact program picks the best set of these changes within the budget;
-since each was measured alone, ever fewer of them are made at once until the loss of the whole, measured, falls.
+that a head matters only while another one works. Here plans run for real, at all profile lengths. First the descent
+(`moa.search.descend`) comes down from the dense model. Then *sweeps* try, for each head alone, a few rules beside its
+own. An exact program picks the best set of these changes within the budget; since each was measured alone, ever fewer
+of them are made at once until the loss of the whole, measured, falls.
 
-Before the sweeps and after the first that gained the sink is chosen: the same spans, with more of the beginning of the
-text in them and less of the rest. Where spans are long, a system prompt that all heads see is worth more than as many
-tokens further back.
+Before the descent and after it the sink is chosen: the same spans, with more of the beginning of the text in them and
+less of the rest. Where spans are long, a system prompt that all heads see is worth more than as many tokens further
+back.
 
 Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
-lie there; so heads try rules that see at most half of a text, or all of it. And of many changes that are measured those
-look best that chance has favored; so each counts as a standard error worse than it was measured.
+lie there; so heads try rules that see at most half of a text, or all of it.
 """
 
 import hashlib
@@ -26,19 +26,20 @@ from moa.models import LoadedModel
 from moa.plan import SINK, ModelIdentity, Plan
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import RETRIEVAL
-from moa.search.divergence import Divergence, Losses, by_source
+from moa.search.descend import LEAST_EVALUATIONS, descend
+from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
 from moa.search.items import CalibrationSet
 from moa.search.optimize import OptimizeConfig, Rules
 
 SINKS = (SINK, 16, 32, 64)  # tried, in tokens
 _SINK = 1 / 4  # of the shortest span that is worth measuring, at most
+_DESCENT = 2 / 3  # of the plans to measure, at most
 _WINDOW = 1 / 2  # share of a text that a head sees at most, unless it sees all
 _STEP = 2  # a head tries the rules so many places cheaper and dearer than its own, the cheapest and the dearest
 _TRIED = 4  # rules of a head in a sweep, at most
 _SWEEPS = 3  # an allowance too small for so many sweeps over all heads sweeps over some of them
 _LEAST_HEADS = 8
-_CAUTION = 1.0  # standard errors
 _TOKENS = {RETRIEVAL: 49152}  # measured on items of so many tokens for each length
 _OTHER_TOKENS = 16384  # of sources with longer answers
 _REMEMBER = 16  # measurements between two writes of the file for an interrupted call
@@ -94,8 +95,8 @@ def refine(
     Returns
     -------
     list of Refined
-        First the optimizer's plans, each with the sink that is best for it. Then, by falling loss, what each sweep
-        found, as far as it is better than all before, and the first of these with another sink, if that is better. The
+        First the optimizer's plans, each with the sink that is best for it. Then, by falling loss, what the descent
+        found, the same with another sink, and what each sweep found, as far as each is better than all before. The
         later ones have seen more of the items; held-out items say which to take.
     """
     return _Refinement(loaded, plans, items, weights, config, evaluations, progress, partial).run()
@@ -164,7 +165,7 @@ class _Refinement:
         self.heads = self.shape[0] * self.shape[1]
         self.heads_a_sweep = min(self.heads, max(_LEAST_HEADS, evaluations // (_SWEEPS * _TRIED)))
         self.random = np.random.default_rng(0)
-        self.known: dict[str, Losses] = _read(partial)
+        self.known: dict[str, float] = {} if partial is None or not partial.is_file() else read_json(partial)
         self.measured: set[str] = set()
 
     def run(self) -> list[Refined]:
@@ -180,13 +181,14 @@ class _Refinement:
             result.append(best)
             return True
 
+        descended = self.descended()
+        if descended is not None and keep(descended):
+            plan = self.begin_from(self.with_best_sink(best.plan))
+            keep(plan)
         vain = 0  # sweeps in a row
         while len(self.measured) < self.evaluations and vain * self.heads_a_sweep < self.heads:
             plan = self.sweep(plan)
             vain = 0 if keep(plan) else vain + 1
-            if len(result) == len(self.plans) + 1 and not vain:
-                plan = self.begin_from(self.with_best_sink(best.plan))
-                keep(plan)
         return result
 
     def with_best_sink(self, plan: Plan) -> Plan:
@@ -203,20 +205,34 @@ class _Refinement:
     def refined(self, plan: Plan) -> Refined:
         return Refined(plan, self.measure(plan), len(self.measured))
 
+    def descended(self) -> np.ndarray | None:
+        """The descent's plan; None where the allowance is too small, or no plan near it is within the budget."""
+        allowance = int(_DESCENT * self.evaluations)
+        if allowance < LEAST_EVALUATIONS * self.heads:
+            return None
+        budget = self.space.budget
+        spans = {length: spans for length, spans in budget.rules.spans.items() if length >= self.lengths[0]}
+        plan = descend(
+            self.loss,
+            self.shape,
+            replace(budget, rules=replace(budget.rules, spans=spans)),  # tokens count where it is measured
+            allowance,
+            self.progress,
+            around=lambda plan: self.divergence.around(self.plan(plan)),
+        )
+        plan = plan if budget.fits(plan) else self.sweep(plan)
+        return plan if budget.fits(plan) else None
+
     def loss(self, plan: np.ndarray) -> float:
         return self.measure(self.plan(plan))
 
     def measure(self, plan: Plan) -> float:
-        """Loss of a plan."""
-        return self.divergence.total(by_source(self.losses(plan)))
-
-    def losses(self, plan: Plan) -> Losses:
-        """Losses of a plan's items, measured once."""
+        """Loss of a plan, measured once."""
         key = hashlib.sha256(repr((plan.alpha, plan.beta, plan.sink)).encode()).hexdigest()[:16]
         if key not in self.known:
-            self.known[key] = self.divergence.losses(plan)
+            self.known[key] = self.divergence.total(self.divergence.by_source(plan))
             if self.partial is not None and len(self.known) % _REMEMBER == 0:
-                _write(self.partial, self.known)
+                write_json(self.partial, self.known)
         self.measured.add(key)
         return self.known[key]
 
@@ -228,7 +244,7 @@ class _Refinement:
         heads = sorted(self.random.permutation(self.heads)[: self.heads_a_sweep].tolist())
         trials = [(head, rule) for head in heads for rule in self.beside(plan.flat[head])]
         self.divergence.around(self.plan(plan))
-        before, items = self.loss(plan), self.losses(self.plan(plan))
+        before = self.loss(plan)
         change = np.full((plan.size, len(self.space.budget.rules.alpha)), np.inf)
         change[np.arange(plan.size), plan.reshape(-1)] = 0.0
         for head, rule in self.progress.track(trials, "refine"):
@@ -236,8 +252,7 @@ class _Refinement:
                 break
             trial = plan.copy()
             trial.flat[head] = rule
-            error = self.divergence.error(items, self.losses(self.plan(trial)))
-            change[head, rule] = self.loss(trial) - before + _CAUTION * error
+            change[head, rule] = self.loss(trial) - before
         found, most = [plan] if self.space.budget.fits(plan) else [], plan.size
         while most >= 1:
             proposal = exchange(plan, change.reshape(*plan.shape, -1), self.space.budget, most)
@@ -278,21 +293,3 @@ def _some(items: CalibrationSet) -> CalibrationSet:
             for (length, source), members in items.items.items()
         }
     )
-
-
-def _read(partial: Path | None) -> dict[str, Losses]:
-    """What `_write` wrote, or nothing."""
-    if partial is None or not partial.is_file():
-        return {}
-    return {
-        plan: {(length, source): np.array(items) for length, source, items in losses}
-        for plan, losses in read_json(partial).items()
-    }
-
-
-def _write(partial: Path, known: Mapping[str, Losses]) -> None:
-    found = {
-        plan: [(length, source, items.tolist()) for (length, source), items in losses.items()]
-        for plan, losses in known.items()
-    }
-    write_json(partial, found)

@@ -10,7 +10,7 @@ says them right without having found anything, and whether it says them in the d
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from moa.models import LoadedModel, chat_frame, chat_turn
 from moa.progress import Progress
 from moa.search.answers import greedy_answers
 from moa.search.facts import Fact
-from moa.search.items import CalibrationItem, Question
+from moa.search.items import CalibrationItem
 from moa.search.text import TokenStream, token_ids
 
 _INTRO = "Read this text with care. You will be asked for a detail in it.\n\n"
@@ -28,8 +28,8 @@ _INTRO = "Read this text with care. You will be asked for a detail in it.\n\n"
 _ANSWER = 24
 # Texts read for each item needed; then what is missing is filled up with right answers that the model did not give.
 _TRIES = 4
-# Facts in a text, in turn: half of the texts have one; short texts have fewer, so that most of a text is text.
-_FACTS = (1, 1, 1, 2, 4, 8)
+# Facts in a text, each number as often as the others; in shorter texts fewer, so that most of a text is text.
+_FACTS = (1, 2, 4, 8)
 _TOKENS_A_FACT = 256
 _LEAST_TEXT = 32  # fewer tokens make no long-range dependency
 
@@ -41,11 +41,6 @@ class _Turn:
     question: np.ndarray
     value: str
     expected: np.ndarray
-
-    def carries_loss(self, tokenizer: PreTrainedTokenizerBase, answer: np.ndarray) -> np.ndarray:
-        """Which tokens of an answer the search measures: bool [answer tokens]."""
-        told = self.told(tokenizer, answer)
-        return told | (not told.any())  # an answer cut short
 
     def told(self, tokenizer: PreTrainedTokenizerBase, answer: np.ndarray) -> np.ndarray:
         """Which tokens of an answer spell the value, as a word of its own and commas aside: bool [answer tokens]."""
@@ -75,23 +70,8 @@ class _Conversation:
 
     def prompt(self, turn: _Turn, tokens: int) -> np.ndarray:
         """One question alone, in exactly so many tokens: int64 [tokens]."""
-        after = self.asked(turn)
-        return np.concatenate([self.read(tokens - len(after)), after])
-
-    def read(self, tokens: int) -> np.ndarray:
-        """The text, in so many tokens with what comes before it."""
-        return np.concatenate([self.before, self.text[: tokens - len(self.before)]])
-
-    def asked(self, turn: _Turn) -> np.ndarray:
-        """A question that is the first."""
-        return np.concatenate([self.gap, turn.question, self.ask])
-
-    def question(self, tokenizer: PreTrainedTokenizerBase, turn: _Turn, answer: np.ndarray) -> Question:
-        """A question that is the first, with this answer."""
-        asked = self.asked(turn)
-        return Question(
-            np.concatenate([asked, answer]), len(asked) + np.flatnonzero(turn.carries_loss(tokenizer, answer))
-        )
+        after = np.concatenate([self.gap, turn.question, self.ask])
+        return np.concatenate([self.before, self.text[: tokens - len(self.before) - len(after)], after])
 
     def answered(
         self, tokenizer: PreTrainedTokenizerBase, length: int, answers: Mapping[int, np.ndarray]
@@ -101,7 +81,8 @@ class _Conversation:
         lead = self.gap
         for number, answer in sorted(answers.items()):
             turn = self.turns[number]
-            told = turn.carries_loss(tokenizer, answer)
+            told = turn.told(tokenizer, answer)
+            told |= not told.any()  # an answer cut short
             pieces += [(np.concatenate([lead, turn.question, self.ask]), None), (answer, told)]
             lead = self.between[1:] if answer[-1] == self.between[0] else self.between
         room = length - len(self.before) - sum(len(tokens) for tokens, _ in pieces)
@@ -109,11 +90,7 @@ class _Conversation:
         said = np.concatenate([np.full(len(tokens), told is not None) for tokens, told in pieces])
         loss = np.concatenate([np.zeros(len(tokens), bool) if told is None else told for tokens, told in pieces])
         return CalibrationItem(
-            np.concatenate([tokens for tokens, _ in pieces]),
-            np.flatnonzero(said),
-            np.flatnonzero(loss),
-            self.read(length),
-            tuple(self.question(tokenizer, self.turns[number], answer) for number, answer in sorted(answers.items())),
+            np.concatenate([tokens for tokens, _ in pieces]), np.flatnonzero(said), np.flatnonzero(loss)
         )
 
 
@@ -175,9 +152,7 @@ def retrieval_items(
         talk = failed[number]
         expected = {index: turn.expected for index, turn in enumerate(talk.turns)}
         done[number] = talk.answered(loaded.tokenizer, length, expected)
-    items = [done[number] for number in sorted(done)]
-    longest = max(len(question.input_ids) for item in items for question in item.questions)
-    return [replace(item, text=item.text[: length - longest]) for item in items]
+    return [done[number] for number in sorted(done)]
 
 
 def evenly(index: int) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
-from moa.search.divergence import Divergence, by_source
+from moa.search.divergence import Divergence
 from moa.search.items import CalibrationSet
 
 
@@ -24,7 +24,7 @@ class ValidationRow:
     loss : float
         What it loses of the dense model, weighted; see `Divergence.total`.
     by_source : dict[str, float]
-        As `moa.search.divergence.by_source`.
+        As `Divergence.by_source`.
     """
 
     plan: int
@@ -43,7 +43,7 @@ def validate(
     divergence = Divergence(loaded, items, weights)
     rows = []
     for index, plan in enumerate(progress.track(plans, "validate")):
-        losses = by_source(divergence.losses(plan))
+        losses = divergence.by_source(plan)
         rows.append(ValidationRow(index, divergence.total(losses), losses))
     return rows
 
