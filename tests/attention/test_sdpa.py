@@ -80,11 +80,12 @@ def test_prefill_keeps_the_dtype_and_its_accuracy(dtype):
     assert (got.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("threads", [1, 64])
+@pytest.mark.parametrize(("threads", "shared", "whole"), [(1, 0, True), (64, 0, False), (64, 61, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_decoding_equals_the_definition_whatever_the_threads(threads, dtype, monkeypatch):
-    """Heads in plenty go to PyTorch's attention, a few to products that share them."""
+def test_decoding_equals_the_definition_whatever_the_threads(threads, shared, whole, dtype, monkeypatch):
+    """Pairs in plenty and short ones go to PyTorch's attention, a few long ones to products that share them."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(sdpa, "_SHARED", shared)
     attention, called = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
         sdpa.F, "scaled_dot_product_attention", lambda *args, **kwargs: called.append(1) or attention(*args, **kwargs)
@@ -101,6 +102,6 @@ def test_decoding_equals_the_definition_whatever_the_threads(threads, dtype, mon
     read(0, prompt)
     called.clear()
     got = torch.cat([read(token, token + 1) for token in range(prompt, tokens)], dim=2)
-    assert bool(called) == (threads == 1)
+    assert bool(called) == whole
     expected = span_attention(q, k, v, torch.from_numpy(spans), sink, options)[:, :, prompt:]
     assert (got.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)

@@ -16,6 +16,7 @@ from moa.attention.options import AttentionOptions, effective_span
 from moa.storage import SpanStore
 
 STRIP = 256  # queries a strip: larger costs memory and masked work, smaller costs calls
+_SHARED = 2048  # keys of a pair that are worth sharing among threads
 
 
 def prefill(
@@ -294,9 +295,11 @@ def decode_group(
     [pairs, group, 1, value_dim]
     """
     if stored is None and sink_logits is None and options.softcap is None:
-        if query.device.type == "cpu" and query.shape[0] * query.shape[1] >= torch.get_num_threads():
-            return F.scaled_dot_product_attention(query, key, value, scale=options.scaling, enable_gqa=True)
-        # PyTorch's attention gives a head to one thread, in these products threads share one
+        if query.device.type == "cpu" and (query.shape[0] >= torch.get_num_threads() or key.shape[2] < _SHARED):
+            # the heads of a GQA group as the queries of one head: every key is read once for all of them
+            output = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=options.scaling)
+            return output.transpose(1, 2)
+        # PyTorch's attention gives a pair to one thread, in these products threads share one
         scores = torch.baddbmm(query.new_empty(1), query[:, :, 0], key[:, 0].mT, beta=0, alpha=options.scaling)
         weights = torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype)
         return torch.bmm(weights, value[:, 0])[:, :, None]
