@@ -16,7 +16,7 @@ from moa.attention.options import AttentionOptions, effective_span
 from moa.storage import SpanStore
 
 STRIP = 256  # queries a strip: larger costs memory and masked work, smaller costs calls
-_SHARED = 2048  # keys of a pair that are worth sharing among threads
+_SHARED = 2048  # keys of a pair that are worth sharing among threads; measured with two of them
 
 
 def prefill(
