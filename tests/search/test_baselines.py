@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moa import ModelIdentity
-from moa.errors import InputError
+from moa.errors import InfeasibleBudgetError, InputError
 from moa.search.baselines import NAMES, baseline
 from moa.search.optimize import OptimizeConfig, optimize
 
@@ -42,7 +42,7 @@ def test_a_baseline_is_of_its_kind_and_within_the_density(name, losses):
         if name == "per-layer":
             assert (spans == spans[:, :1]).all()
         if name == "binary-heads":
-            assert set(np.unique(spans)) == {272, length}
+            assert set(np.unique(spans)) in ({144, length}, {272, length})
     assert name in plan.provenance["baseline"]
 
 
@@ -53,8 +53,29 @@ def test_the_ladder_falls(losses):
     assert elastic <= per_head <= per_layer
 
 
+@pytest.mark.parametrize(("near", "short"), [(128, 144), (256, 272)])
+def test_binary_heads_have_the_window_that_loses_less(near, short):
+    """Most heads lose nothing from ``near`` tokens on; a few need the whole text, and a longer window leaves out more
+    of them."""
+    tables = {}
+    for length in (2048, 4096):
+        span = 64 * np.arange(2, -(-length // 64) + 1)  # of the entries
+        losses = np.where(span >= near, 0.01, 1.0) * np.ones((4, 4, 1))
+        losses[0, 0] = np.where(span >= length, 0.0, 2.0)
+        tables[length] = np.where(span >= length, 0.0, losses)
+    plan = baseline("binary-heads", tables, IDENTITY, 0.25)
+    assert set(np.unique(plan.spans(4096))) == {short, 4096}
+    assert plan.spans(4096)[0, 0] == 4096
+
+
+def test_binary_heads_keep_to_the_density_with_the_short_window(losses):
+    at_least = 272 / LENGTHS[0]
+    plan = baseline("binary-heads", losses, IDENTITY, 0.9 * at_least)
+    assert plan.spans(LENGTHS[0]).min() == 144
+
+
 def test_what_cannot_be_is_refused(losses):
     with pytest.raises(InputError, match="magic"):
         baseline("magic", losses, IDENTITY, 0.5)
-    with pytest.raises(InputError):
-        baseline("binary-heads", losses, IDENTITY, 0.2)
+    with pytest.raises(InfeasibleBudgetError):
+        baseline("binary-heads", losses, IDENTITY, 0.1)
