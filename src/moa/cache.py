@@ -52,12 +52,13 @@ class SpanLayer(CacheLayerMixin):
         self.spans = spans
         self.sliding_window = sliding_window
         layer_sink = effective_span(0, sink, sliding_window)[1]
-        if spare is not None and spare.suits(self._capacity(), layer_sink, key, value):
+        self.backend = backends.pick(key.device, key.dtype, key.shape[-1], backend)
+        like = (self._capacity(), layer_sink, key, value, self.backend.key_columns(key.dtype))
+        if spare is not None and spare.suits(*like):
             spare.clear()
             self.store = spare
         else:
-            self.store = SpanStore(self._capacity(), layer_sink, key, value)
-        self.backend = backends.pick(key.device, key.dtype, key.shape[-1], backend)
+            self.store = SpanStore(*like)
         self.is_initialized = True
 
     def _capacity(self) -> np.ndarray:

@@ -105,3 +105,57 @@ def test_decoding_equals_the_definition_whatever_the_threads(threads, shared, wh
     assert bool(called) == whole
     expected = span_attention(q, k, v, torch.from_numpy(spans), sink, options)[:, :, prompt:]
     assert (got.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
+@pytest.mark.parametrize("key_columns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decoding_equals_the_definition_whichever_way_keys_lie(key_columns, dtype):
+    tokens, prompt, sink = 60, 40, 4
+    q, k, v = tensors(2, 3, 2, tokens)
+    spans = np.array([[16, 60, 16], [60, 32, 16]])
+    options = AttentionOptions(0.4)
+    store = SpanStore(spans, sink, k.to(dtype), v.to(dtype), key_columns)
+
+    def read(start, end):
+        return sdpa.attend(store, *(x[:, :, start:end].to(dtype) for x in (q, k, v)), None, options)
+
+    got = [read(0, prompt), *(read(token, token + 1) for token in range(prompt, 50)), read(50, 55)]
+    store = store.moved(np.arange(2), spans)
+    got += [read(token, token + 1) for token in range(55, tokens)]
+    got = torch.cat(got, dim=2)
+    expected = span_attention(q, k, v, torch.from_numpy(spans), sink, options)
+    assert (got.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
+@pytest.mark.parametrize("key_columns", [False, True])
+def test_keys_lie_where_the_storage_says(key_columns):
+    _, k, v = tensors(1, 3, 1, 20)
+    store = SpanStore(np.array([[8, 20, 8]]), 2, k, v, key_columns)
+    for token in range(20):
+        store.append(k[0, :, token], v[0, :, token])
+    for pair, seen in ((0, [0, 1, 14, 15, 16, 17, 18, 19]), (1, list(range(20)))):
+        for got, expected in zip(store.held(pair), (k, v), strict=True):
+            assert torch.equal(got, expected[0, pair, seen])
+    (pairs_of_8, pair_of_20) = store.groups
+    assert torch.equal(pairs_of_8.keys[1], store.keys_of(2))
+    assert torch.equal(pair_of_20.keys[0], store.keys_of(1))
+    assert (pairs_of_8.keys.stride(-1) == 1) != key_columns
+    assert pairs_of_8.keys.data_ptr() == store.keys.data_ptr()  # in place
+
+
+@pytest.mark.parametrize("key_columns", [False, True])
+def test_pairs_of_a_group_may_hold_different_numbers_of_tokens(key_columns):
+    """A row that was padded holds fewer; its spans are the same."""
+    q, k, v = tensors(2, 2, 2, 30)
+    spans, sink, options = np.full((2, 2), 24), 4, AttentionOptions(0.4)
+    store = SpanStore(spans, sink, k, v, key_columns)
+    valid = np.ones((2, 16), bool)
+    valid[1, :7] = False
+    sdpa.attend(store, q[:, :, :16], k[:, :, :16], v[:, :, :16], valid, options)
+    for token in range(16, 30):
+        step = [x[:, :, token : token + 1] for x in (q, k, v)]
+        got = sdpa.attend(store, *step, None, options)
+        for row, first in enumerate((0, 7)):
+            seen = [x[row : row + 1, :, first : token + 1] for x in (q, k, v)]
+            expected = span_attention(*seen, torch.from_numpy(spans[:1]), sink, options)[:, :, -1:]
+            torch.testing.assert_close(got[row : row + 1], expected)

@@ -158,6 +158,11 @@ def attend(
     return output
 
 
+def key_columns(dtype: torch.dtype) -> bool:
+    """Never: the kernels read keys by rows."""
+    return False
+
+
 def recordable(store: SpanStore) -> bool:
     """Whether decode steps may become part of a CUDA graph: from the second one on, they leave the host alone."""
     return store.keys.is_cuda and _WORK in store.__dict__

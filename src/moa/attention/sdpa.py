@@ -94,18 +94,19 @@ def recordable(store: SpanStore) -> bool:
     return False
 
 
+def key_columns(dtype: torch.dtype) -> bool:
+    """Where full precision is stored; a CPU's products of bfloat16 take longer so."""
+    return dtype in (torch.float32, torch.float64)
+
+
 def _decode(
     store: SpanStore, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
     """One new token in every row: stored first, then everything stored is read in place."""
     rows, query_heads, _, dim = query.shape
     pairs = len(store.capacity)
-    slots = torch.from_numpy(store.slot(slice(None), store.written)).to(query.device)
-    store.keys.index_copy_(0, slots, key.reshape(pairs, -1))
-    store.values.index_copy_(0, slots, value.reshape(pairs, -1))
-    store.written += 1
-
-    query = query.reshape(pairs, -1, 1, dim)
+    store.append(key.reshape(pairs, -1), value.reshape(pairs, -1))
+    query = query.reshape(pairs, -1, dim)
     sink_logits = _logits_per_pair(options.sink_logits, rows, query.shape[:2])
     if not store.in_order:
         query = query.index_select(0, store.to_order)
@@ -116,12 +117,12 @@ def _decode(
         members = slice(group.first, group.last)
         filled = stored[members]
         most = max(filled)
-        full = most == group.keys.shape[2]
+        full = most == group.keys.shape[1]
         outputs.append(
             decode_group(
                 query[members],
-                group.keys if full else group.keys[:, :, :most],
-                group.values if full else group.values[:, :, :most],
+                group.keys if full else group.keys[:, :most],
+                group.values if full else group.values[:, :most],
                 options,
                 None if sink_logits is None else sink_logits[members],
                 None if min(filled) == most else torch.tensor(filled, device=query.device),
@@ -147,27 +148,13 @@ def _extend(
     for (capacity, written), pairs in equal_rows(np.stack([store.capacity[mine], store.written[mine]], axis=1)):
         past = None
         if written:
-            slots = torch.from_numpy(np.stack([store.ordered_slots(pair) for pair in mine[pairs]])).to(key.device)
-            past = (store.keys[slots], store.values[slots])
+            keys, values = zip(*(store.held(pair) for pair in mine[pairs]), strict=True)
+            past = (torch.stack(keys), torch.stack(values))
         piece = prefill_pairs(pairs, query, key, value, int(capacity), store.sink, options, past)
-        output[torch.from_numpy(pairs).to(key.device)] = piece
-        _append(store, mine[pairs], pairs, key, value)
+        index = torch.from_numpy(pairs).to(key.device)
+        output[index] = piece
+        store.extend(mine[pairs], *(tensor.reshape(-1, *tensor.shape[2:])[index] for tensor in (key, value)))
     return output.view(*query.shape[:3], -1)
-
-
-def _append(store: SpanStore, pairs: np.ndarray, local: np.ndarray, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Store new tokens of pairs with equal capacity and count: only those that will still be there at the end.
-
-    ``local`` are the same pairs, counted in ``key`` and ``value``.
-    """
-    written, capacity, new = int(store.written[pairs[0]]), int(store.capacity[pairs[0]]), key.shape[2]
-    tokens = written + np.arange(new)
-    kept = (tokens < store.sink) | (tokens >= written + new - (capacity - store.sink))
-    target = torch.from_numpy(store.slot(pairs[:, None], tokens[kept]).reshape(-1)).to(key.device)
-    source = torch.from_numpy((local[:, None] * new + np.flatnonzero(kept)).reshape(-1)).to(key.device)
-    store.keys.index_copy_(0, target, key.reshape(-1, key.shape[3]).index_select(0, source))
-    store.values.index_copy_(0, target, value.reshape(-1, value.shape[3]).index_select(0, source))
-    store.written[pairs] += new
 
 
 def prefill_pairs(
@@ -283,8 +270,8 @@ def decode_group(
 
     Parameters
     ----------
-    query : [pairs, group, 1, head_dim]
-    key, value : [pairs, 1, keys, dim]
+    query : [pairs, group, head_dim]
+    key, value : [pairs, keys, dim]
         In any order, the new token's included.
     sink_logits : [pairs, group], optional
     stored : int64 [pairs], optional
@@ -292,21 +279,23 @@ def decode_group(
 
     Returns
     -------
-    [pairs, group, 1, value_dim]
+    [pairs, group, value_dim]
     """
     if stored is None and sink_logits is None and options.softcap is None:
-        if query.device.type == "cpu" and (query.shape[0] >= torch.get_num_threads() or key.shape[2] < _SHARED):
+        crowded = query.shape[0] >= torch.get_num_threads() or key.shape[1] < _SHARED
+        if query.device.type == "cpu" and key.stride(-1) == 1 and crowded:
             # the heads of a GQA group as the queries of one head: every key is read once for all of them
-            output = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=options.scaling)
-            return output.transpose(1, 2)
-        # PyTorch's attention gives a pair to one thread, in these products threads share one
-        scores = torch.baddbmm(query.new_empty(1), query[:, :, 0], key[:, 0].mT, beta=0, alpha=options.scaling)
+            heads = query[:, None], key[:, None], value[:, None]
+            output = F.scaled_dot_product_attention(*heads, scale=options.scaling)
+            return output[:, 0]
+        # PyTorch's attention gives a pair to one thread and wants keys in rows; in these products threads share a pair
+        scores = torch.baddbmm(query.new_empty(1), query, key.mT, beta=0, alpha=options.scaling)
         weights = torch.softmax(scores, dim=-1, dtype=_exact(scores.dtype)).to(value.dtype)
-        return torch.bmm(weights, value[:, 0])[:, :, None]
+        return torch.bmm(weights, value)
     seen = None
     if stored is not None:
-        seen = (torch.arange(key.shape[2], device=key.device) < stored[:, None])[:, None, None, :]
-    return _softmax_attention(query, key[:, 0], value[:, 0], seen, options, sink_logits)
+        seen = (torch.arange(key.shape[1], device=key.device) < stored[:, None])[:, None, None, :]
+    return _softmax_attention(query[:, :, None], key, value, seen, options, sink_logits)[:, :, 0]
 
 
 def _softmax_attention(
