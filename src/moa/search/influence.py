@@ -62,23 +62,23 @@ class InfluenceCollector:
 
 
 def influence_attention(
+    collector: InfluenceCollector,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     options: AttentionOptions,
-    collector: InfluenceCollector,
     layer: int,
 ) -> torch.Tensor:
     """Causal attention of one sequence; its backward pass also adds a loss table to ``collector``.
 
     Parameters
     ----------
+    collector : InfluenceCollector
     query : [query_heads, N, head_dim]
     key, value : [kv_heads, N, head_dim]
         Query heads are consecutive per KV head. float64 is worked on in float64, any other dtype in float32.
     options : AttentionOptions
         Learned sink logits get no gradient.
-    collector : InfluenceCollector
     layer : int
         Under which the table is filed.
 
