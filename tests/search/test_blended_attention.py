@@ -14,10 +14,12 @@ from moa.search.blended_attention import blended_attention
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, **({torch.bfloat16: 3e-2} if GPU else {})}
+pytestmark = [pytest.mark.gpu] if GPU else []
 OPTIONS = {
     "plain": {},
     "softcap and learned sinks": {"softcap": 3.0, "sink_logits": True},
     "sliding window": {"sliding_window": 90},
+    "one window": {"sliding_window": 15},  # shorter than all spans
 }
 
 
@@ -78,7 +80,6 @@ def test_it_is_the_weighted_sum_by_definition(name, length, sink, windows):
         torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.gpu if GPU else pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", OPTIONS)

@@ -187,13 +187,13 @@ def refine(
     """Fourth stage: find better plans than the optimizer's, by annealing and measuring on the model."""
     from dataclasses import replace
 
-    from moa.search.pipeline import calibrated, optimized, profiled, run_refine
+    from moa.search.pipeline import calibrated, optimized, run_refine, tables_optimized
 
     run = open_run(run_dir, quiet)
     plans, key, weights, budget = optimized(run)
     loaded = load(model, dtype, device, quiet)
     calibration, _ = calibrated(run, loaded)
-    tables, _, _ = profiled(run)
+    tables = tables_optimized(run)
     budget = replace(budget, evaluations=evaluations, steps=steps)
     plans, _ = run_refine(run, loaded, calibration, tables, plans, key, weights, budget)
     found = plans[-1].provenance["refined"]

@@ -11,9 +11,9 @@ the budget the one taken costs least but for an entropy bonus, the temperature:
 
     p[head, rule] ~ exp(-(cost[head, rule] + sum over lengths of price[N] * span[N, rule] / N) / temperature)
 
-with prices, found by convex minimisation, at which the mean span meets the density at every length. As the temperature
-falls heads decide, those first for which it makes the most difference, and the others' slopes take account of it. In
-the end a program takes the best single rules. Everything is drawn from fixed seeds, and sums have a fixed order.
+with prices, found by convex minimisation, at which the mean span is within the density at every length. As the
+temperature falls heads decide, those first for which it makes the most difference, and the others' slopes take account
+of it. In the end a program takes the best single rules. Nothing is drawn at random, and sums have a fixed order.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ import torch
 from scipy.optimize import minimize
 
 from moa.attention.options import AttentionOptions
+from moa.errors import UnsupportedModelError
 from moa.evaluation.likelihood import logits_at
 from moa.files import read_tensors, write_tensors
 from moa.models import LoadedModel
@@ -39,7 +40,9 @@ from moa.search.exchange import Budget
 from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.optimize import OptimizeConfig, Rules
 
+ANNEAL = "mixtures"  # part of the keys of results: what was annealed in another way is not that
 _TOKENS = 8192  # of each source in a step, in items of one length
+_ROWS = 4  # items that run together, at most: their logits are kept
 _MEMORY = 0.3  # of the steps: how far back the running mean of slopes reaches
 _HOT, _COLD = 0.1, 0.003  # temperature at the first and last step, in units of what a full head pays
 _APART = 1.2  # spans of neighbours on the palette, at least
@@ -85,17 +88,25 @@ def anneal(
     UnsupportedModelError
         As `moa.search.profile.profile`.
     """
+    heads = loaded.identity.layers * loaded.identity.kv_heads
     budget = palette(Budget(Rules.within(tables, config), config))
+    if (budget.spans.min(1) * heads > budget.limits(heads)).any():
+        return None
     state = _State.begin(budget, tables)
     if partial is not None and partial.is_file():
         state = _State(**read_tensors(partial))
     slopes = _Slopes(loaded, items, budget, scales)
     with differentiable(loaded.model):
         for step in progress.track(range(int(state.step[0]), steps), "anneal"):
-            temperature = _HOT * (_COLD / _HOT) ** (step / steps)
-            heads = probabilities(state.cost, budget, temperature, state.price)
+            temperature = _HOT * (_COLD / _HOT) ** (step / max(1, steps - 1))
+            chances = probabilities(state.cost, budget, temperature, state.price)
             number = step % len(slopes.lengths)
-            slope = slopes(slopes.lengths[number], step // len(slopes.lengths), heads)
+            slope = slopes(slopes.lengths[number], step // len(slopes.lengths), chances)
+            if not np.isfinite(slope).all():
+                raise UnsupportedModelError(
+                    f"annealing this {loaded.identity.model_type} model in {loaded.model.dtype} overflows; load it in "
+                    "float32 or bfloat16"
+                )
             state.costs[number] += min(1.0, len(slopes.lengths) / (_MEMORY * steps)) * (slope - state.costs[number])
             state.step[0] = step + 1
             if partial is not None and (step + 1) % _REMEMBER == 0:
@@ -104,7 +115,7 @@ def anneal(
     problem = AssignmentProblem(
         cost=cost,
         usage=np.broadcast_to(budget.spans[:, None, None, :].astype(float), (len(budget.spans), *cost.shape)),
-        limits=budget.limits(cost[..., 0].size).astype(float),
+        limits=budget.limits(heads).astype(float),
         allowed=np.ones(cost.shape, bool),
         rules_per_layer=config.rules_per_layer,
     )
@@ -140,7 +151,7 @@ def probabilities(cost: np.ndarray, budget: Budget, temperature: float, price: n
     budget : Budget
         Must have room for the cheapest rules.
     temperature : float
-        In units of what a full head pays at ``price``.
+        In units of what a full head pays more than the cheapest; where tokens cost nothing it is next to zero.
     price : float64 [lengths]
         Where to look first; on return the prices found.
 
@@ -199,27 +210,31 @@ class _Slopes:
         self.loaded, self.items, self.budget, self.scales = loaded, items, budget, scales
         self.lengths = sorted({length for length, _ in items.items})
 
-    def __call__(self, length: int, turn: int, heads: np.ndarray) -> np.ndarray:
+    def __call__(self, length: int, turn: int, chances: np.ndarray) -> np.ndarray:
         """Slopes relative to the dearest rule: float64 [layers, heads, rules].
 
-        ``turn`` says how often the length was had before: items take turns. ``heads`` as from `probabilities`.
+        ``turn`` says how often the length was had before: items take turns. ``chances`` as from `probabilities`.
         """
         spans, place = np.unique(np.minimum(self.budget.rules.spans[length], length), return_inverse=True)
         rules = np.eye(len(spans))[place]
-        weights = torch.as_tensor(heads @ rules, dtype=torch.float32, device=self.loaded.model.device)
+        weights = torch.as_tensor(chances @ rules, dtype=torch.float32, device=self.loaded.model.device)
         weights.requires_grad_()
         for (own, source), members in self.items.items.items():
             if own == length:
                 count = min(len(members), max(1, _TOKENS // length))
                 some = [members[(turn * count + index) % len(members)] for index in range(count)]
-                self.loss(some, source, weights, spans.tolist())
+                for first in range(0, count, _ROWS):
+                    group = some[first : first + _ROWS]
+                    self.loss(group, source, weights, spans.tolist(), len(group) / count)
         assert weights.grad is not None
         slope = weights.grad.double().cpu().numpy() @ rules.T
         return np.asarray(slope - slope[..., -1:])
 
-    def loss(self, items: list[CalibrationItem], source: str, weights: torch.Tensor, spans: list[int]) -> float:
-        """Mean loss of items of one length, scaled; its gradient is added to that of ``weights``, [layers, kv_heads,
-        spans].
+    def loss(
+        self, items: list[CalibrationItem], source: str, weights: torch.Tensor, spans: list[int], share: float = 1.0
+    ) -> torch.Tensor:
+        """Mean loss of items of one length, scaled, times ``share``: a scalar. Its gradient is added to that of
+        ``weights``, [layers, kv_heads, spans].
         """
         model = self.loaded.model
         places = np.unique(np.concatenate([item.loss for item in items]))
@@ -242,6 +257,6 @@ class _Slopes:
                 log_probs, target = (row[own].float().log_softmax(-1) for row in logits)
                 nats = torch.nn.functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)
                 losses.append(lost(item, nats) if source == RETRIEVAL else nats.mean())
-            mean = torch.stack(losses).mean() * self.scales[source]
+            mean = torch.stack(losses).mean() * (self.scales[source] * share)
             mean.backward()
-        return mean.item()
+        return mean.detach()

@@ -13,7 +13,7 @@ and, with D_ir the mean of dA over what span r sees, the gradients are
 
     dw_r = sum over rows of D_ir,  dS_ij = e_ij (C_ib dA_ij - E_ib),  E_ib = sum over r >= b of w_r D_ir / l_ir
 
-so that all spans together cost hardly more than the longest one alone.
+so that the gradients for all spans together cost hardly more than those for the longest one alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moa.attention import backends, sdpa
 from moa.attention.options import AttentionOptions, effective_span
+from moa.search.influence import kernels_take
 
 _STRIP = 128  # query rows worked on at a time, where the Triton kernels do not run: memory grows with it
 
@@ -112,7 +112,7 @@ class _Blended(torch.autograd.Function):
 
 
 def _kernels(query: torch.Tensor, backend: str | None) -> ModuleType | None:
-    if backends.pick(query.device, query.dtype, query.shape[-1], backend) is sdpa:
+    if not kernels_take(query, backend):
         return None
     from moa.search import triton_blended  # where Triton is not installed, nobody asks for it
 

@@ -103,7 +103,7 @@ class _InfluenceAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.options, ctx.collector, ctx.layer = options, collector, layer
         lse = None
-        if not _kernels_take(query, collector.backend):
+        if not kernels_take(query, collector.backend):
             out = _Strips(query, key, value, options, collector.strip).forward()
         else:
             with torch.cuda.device_of(query):
@@ -134,7 +134,8 @@ class _InfluenceAttention(torch.autograd.Function):
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
-def _kernels_take(query: torch.Tensor, backend: str | None) -> bool:
+def kernels_take(query: torch.Tensor, backend: str | None) -> bool:
+    """Whether the search's Triton kernels work on such a query, or its strips do."""
     if backends.pick(query.device, query.dtype, query.shape[-1], backend) is sdpa:
         return False
     return query.dtype != torch.float32 or query.shape[-1] <= 128  # wider tiles of float32 do not fit on the chip

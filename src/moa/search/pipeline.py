@@ -21,6 +21,7 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
+from moa.search.anneal import ANNEAL
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
 from moa.search.defaults import EVALUATIONS, ITEMS, STEPS, VALIDATION_ITEMS, WEIGHTS
@@ -282,14 +283,15 @@ def run_refine(
     inputs = {
         "optimize": upstream,
         "evaluations": budget.evaluations,
-        "steps": budget.steps,
+        "anneal": [ANNEAL, budget.steps],
         "measure": MEASURE,
         "sinks": SINKS,
     }
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
-        partial = folder / f"measured-{MEASURE}-{budget.steps}-{upstream}.json"
+        partial = folder / f"measured-{MEASURE}-{upstream}.json"
+        annealing = folder / f"annealed-{ANNEAL}-{budget.steps}-{upstream}.safetensors"
         found = refine(
             loaded,
             plans,
@@ -301,6 +303,7 @@ def run_refine(
             budget.steps,
             run.progress,
             partial,
+            annealing,
         )
         start = min(refined.loss for refined in found[: len(plans)])  # these are the optimizer's
         result = []
@@ -309,7 +312,12 @@ def run_refine(
                 "budget": _of_optimize(budget),
                 "densities": {length: refined.plan.density(int(length)) for length in plans[0].provenance["densities"]},
                 **refined.plan.provenance,
-                "refined": {"loss": refined.loss, "start": start, "evaluations": refined.evaluations},
+                "refined": {
+                    "loss": refined.loss,
+                    "start": start,
+                    "evaluations": refined.evaluations,
+                    "steps": budget.steps,
+                },
             }
             result.append(replace(refined.plan, provenance=provenance))
         write_json(folder / "plans.json", [plan.to_dict() for plan in result])
@@ -411,6 +419,24 @@ def profiled(run: Run) -> tuple[Profile, str, ModelIdentity]:
     """The finished profile stage, its key, and the model."""
     _, key = run.finished("profile")
     return _load_profile(run.folder / "profile"), key, ModelIdentity(**run.finished("calibrate")[0]["model"])
+
+
+def tables_optimized(run: Run) -> Profile:
+    """The loss tables that the finished optimize stage was run on.
+
+    Raises
+    ------
+    InputError
+        If an earlier stage was run again since then.
+    """
+    tables, key, _ = profiled(run)
+    inputs = {stage: run.finished(stage)[0] for stage in ("profile", "optimize")}
+    if inputs["profile"]["calibrate"] != run.finished("calibrate")[1] or inputs["optimize"]["profile"] != key:
+        raise InputError(
+            f"{run.folder}: an earlier stage was run again after profile or optimize; run these again, too, or all of "
+            "them with `moa search`"
+        )
+    return tables
 
 
 def optimized(run: Run) -> tuple[list[Plan], str, dict[str, float], BudgetConfig]:

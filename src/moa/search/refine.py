@@ -75,6 +75,7 @@ def refine(
     steps: int = STEPS,
     progress: Progress = SILENT,
     partial: Path | None = None,
+    annealing: Path | None = None,
 ) -> list[Refined]:
     """Better and better plans, by measurement.
 
@@ -95,9 +96,8 @@ def refine(
         Plans to measure. A sweep that uses up the last of them ends with what it has, and a few plans more.
     steps : int
         Of annealing; 0 for none.
-    partial : Path, optional
-        File of what was measured so far, beside which the state of annealing is kept; an interrupted call goes on from
-        both.
+    partial, annealing : Path, optional
+        Files of what was measured so far and of the state of annealing; an interrupted call goes on from them.
 
     Returns
     -------
@@ -109,8 +109,7 @@ def refine(
     divergence = Divergence(loaded, _some(items), weights)
     starts = list(plans)
     if steps:
-        state = None if partial is None else partial.with_suffix(".safetensors")
-        annealed = anneal(loaded, items, tables, divergence.scales, config, steps, progress, state)
+        annealed = anneal(loaded, items, tables, divergence.scales, config, steps, progress, annealing)
         starts += [] if annealed is None else [annealed]
     lengths = sorted({length for length, _ in items.items})
     return _Refinement(loaded, starts, lengths, divergence, config, evaluations, progress, partial).run()
