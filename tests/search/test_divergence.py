@@ -2,18 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 
-from moa.search import divergence
+from moa.search.divergence import lost
 from moa.search.items import CalibrationItem
 
 
 def item(*loss):
     return CalibrationItem(np.zeros(20, np.int64), np.arange(4, 20), np.array(loss))
-
-
-def lost(item, nats):
-    return float(divergence.lost(item, torch.as_tensor(nats, dtype=torch.float64)))
 
 
 def test_questions_are_stretches_of_the_text():

@@ -32,7 +32,7 @@ def measured(inputs, settings, estimator, strip=128, backend="sdpa"):
     query, key, value, d_out = inputs
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     collector = InfluenceCollector(estimator, strip, backend)
-    out = influence_attention(collector, *leaves, settings, 5)
+    out = influence_attention(*leaves, settings, collector, 5)
     out.backward(d_out)
     return out.detach(), *(leaf.grad for leaf in leaves), collector.tables[5]
 
@@ -96,7 +96,7 @@ def test_tables_of_a_layer_that_is_used_twice_add_up():
     collector = InfluenceCollector(Estimator.JOINT)
     query = inputs[0].requires_grad_()
     for _ in range(2):
-        influence_attention(collector, query, *inputs[1:3], options(), 0).backward(inputs[3])
+        influence_attention(query, *inputs[1:3], options(), collector, 0).backward(inputs[3])
     assert_close(collector.tables[0], 2 * attention_influence(*inputs, options()).joint, 1e-12)
 
 

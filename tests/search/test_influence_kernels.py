@@ -41,7 +41,7 @@ def measured(inputs, options, estimator, backend):
     query, key, value, d_out = inputs
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     collector = InfluenceCollector(estimator, backend=backend)
-    out = influence_attention(collector, *leaves, options, 0)
+    out = influence_attention(*leaves, options, collector, 0)
     out.backward(d_out)
     return out.detach(), *(leaf.grad for leaf in leaves), collector.tables[0]
 

@@ -21,7 +21,7 @@ from moa.search.text import TextSource, default_text
 DATA = DataConfig(lengths=(320,), items=1, validation_items=1, validation_length=384)
 STAGES = ("calibrate", "profile", "optimize", "refine", "validate")
 COMPUTE = ("calibrate", "profile", "candidates", "refine", "validate")  # what computes them
-BUDGET = BudgetConfig(0.5, evaluations=12, steps=2)
+BUDGET = BudgetConfig(0.5, evaluations=12)
 
 
 @pytest.fixture(scope="module")

@@ -47,10 +47,7 @@ def measured(monkeypatch):
         def total(self, by_source):
             return by_source["retrieval"]
 
-        scales = {"retrieval": 1.0}  # noqa: RUF012
-
     monkeypatch.setattr(stage, "Divergence", Known)
-    monkeypatch.setattr(stage, "anneal", lambda *arguments: None)
     return plans
 
 
@@ -64,7 +61,7 @@ def tables():
 def refined(density=0.3, evaluations=400, partial=None, **config):
     config = OptimizeConfig(density, points=1, **config)
     starts = [plan_of(found) for found in optimize(tables(), config)]
-    return refine(Loaded(), starts, ITEMS, tables(), {"retrieval": 1.0}, config, evaluations, partial=partial)
+    return refine(Loaded(), starts, ITEMS, {"retrieval": 1.0}, config, evaluations, partial=partial)
 
 
 def plan_of(found):
@@ -150,31 +147,19 @@ def test_the_sink_is_the_one_that_loses_least_at_the_same_spans(measured, monkey
     assert all(refined.plan.density(length) <= 0.8 for refined in found for length in (LENGTH, 2 * LENGTH))
 
 
-def test_the_annealed_plan_is_one_of_the_starts(measured, monkeypatch):
-    """With a sink of its own, and sweeps go on from it where it is the best."""
-    spans = np.full((4, 2), 0.25)
-    spans[0, 0] = 1
-    given = []
+def test_the_sink_is_chosen_again_after_the_descent(measured, monkeypatch):
+    """A first plan that is best with the sink it has, and others that are not."""
+    real, first = stage.Divergence.by_source, []
 
-    def annealed(*arguments):
-        given.append(arguments)
-        return Plan.from_arrays(IDENTITY, 0 * spans, spans)
+    def by_source(self, plan):
+        first.append(first[0] if first else plan.spans(LENGTH))
+        best = SINK if np.array_equal(plan.spans(LENGTH), first[0]) else 32
+        return {"retrieval": real(self, plan)["retrieval"] + abs(plan.sink - best) / 1000}
 
-    monkeypatch.setattr(stage, "anneal", annealed)
-    least_at(16, monkeypatch)
-    own = optimize(tables(), OptimizeConfig(0.4, points=1))
-    found = refined(0.4)
-    start = found[len(own)]
-    assert start.plan.sink == 16
-    np.testing.assert_array_equal(start.plan.spans(LENGTH), spans * LENGTH)
-    assert start.loss < min(found[number].loss for number in range(len(own)))
-    assert found[-1].loss < start.loss
-    (arguments,) = given
-    assert arguments[1] is ITEMS
-    assert arguments[3] == {"retrieval": 1.0}
-    config = OptimizeConfig(0.4, points=1)
-    refine(Loaded(), [plan_of(own[0])], ITEMS, tables(), {"retrieval": 1.0}, config, 8, steps=0)
-    assert len(given) == 1, "no steps, no annealing"
+    monkeypatch.setattr(stage.Divergence, "by_source", by_source)
+    start, descended, again, *_ = refined(0.5)
+    assert (start.plan.sink, descended.plan.sink, again.plan.sink) == (SINK, SINK, 32)
+    np.testing.assert_array_equal(again.plan.spans(LENGTH), descended.plan.spans(LENGTH))
 
 
 @pytest.mark.parametrize(("density", "most"), [(0.9, 64), (0.5, 32), (0.25, 16), (0.1, SINK)])
@@ -190,7 +175,7 @@ def test_no_sink_makes_a_head_longer(measured, monkeypatch):
     alpha, beta = np.zeros((4, 2)), np.full((4, 2), 0.5)
     alpha[1, 0], beta[1, 0] = 32, 0
     own = Plan.from_arrays(IDENTITY, alpha, beta)
-    start = refine(Loaded(), [own], ITEMS, tables(), {"retrieval": 1.0}, OptimizeConfig(0.9, points=1), 8)[0].plan
+    start = refine(Loaded(), [own], ITEMS, {"retrieval": 1.0}, OptimizeConfig(0.9, points=1), 8)[0].plan
     assert start.sink == 16, "with 32 the shortest span would be 48 tokens"
     np.testing.assert_array_equal(start.spans(LENGTH), own.spans(LENGTH))
 

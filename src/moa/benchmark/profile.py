@@ -20,10 +20,9 @@ from moa.benchmark.shapes import random_model
 from moa.errors import InputError
 from moa.models import LoadedModel
 from moa.progress import SILENT, Progress
-from moa.search.differentiable import differentiable
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationItem, CalibrationSet
-from moa.search.profile import ProfileConfig, answer_loss, profile
+from moa.search.profile import ProfileConfig, answer_loss, differentiable, profile
 
 _ANSWER = 64  # tokens that carry loss
 _REPEATS = 3

@@ -33,9 +33,9 @@ RulesPerLayer = Annotated[int | None, typer.Option(help="At most so many rules i
 Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, proportional, binary.")]
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
 Refine = Annotated[
-    int, typer.Option("--refine", min=0, help="Plans to measure for a better one; 0: no refine stage, no annealing.")
+    int | None,
+    typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.", show_default="640 or more"),
 ]
-Anneal = Annotated[int, typer.Option("--anneal", min=0, help="Steps of annealing before plans are measured.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")

@@ -10,7 +10,6 @@ from rich.table import Table
 from moa.cli.options import (
     DEFAULT_MIXTURE,
     DEFAULT_RUN,
-    Anneal,
     Constrained,
     Dataset,
     Density,
@@ -38,7 +37,7 @@ from moa.cli.options import (
     out,
     weights_of,
 )
-from moa.search.defaults import EVALUATIONS, ITEMS, STEPS, VALIDATION_ITEMS
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS
 
 
 class EstimatorName(StrEnum):
@@ -67,8 +66,7 @@ def search(
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
     points: Points = 1,
-    refine: Refine = EVALUATIONS,
-    anneal: Anneal = STEPS,
+    refine: Refine = None,
     seed: Seed = 0,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
@@ -86,9 +84,7 @@ def search(
     data = DataConfig(
         numbers_of(lengths, "--lengths"), validation_length, items, validation_items, weights_of(mixture), seed
     )
-    budget = BudgetConfig(
-        density, numbers_of(constrained, "--constrained"), rules_per_layer, grid, points, refine, anneal
-    )
+    budget = BudgetConfig(density, numbers_of(constrained, "--constrained"), rules_per_layer, grid, points, refine)
     source = calibration_text(text, dataset)
     plan = run_search(
         load(model, dtype, device, quiet), source, run_dir, data, budget, Estimator(estimator.value), Progress(quiet)
@@ -176,26 +172,25 @@ def optimize(
 def refine(
     model: Model,
     evaluations: Annotated[
-        int, typer.Option("--refine", min=1, help="Plans to measure for a better one.")
-    ] = EVALUATIONS,
-    steps: Anneal = STEPS,
+        int | None,
+        typer.Option("--refine", min=1, help="Plans to measure for a better one.", show_default="640 or more"),
+    ] = None,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Fourth stage: find better plans than the optimizer's, by annealing and measuring on the model."""
+    """Fourth stage: find better plans than the optimizer's, by measuring on the model."""
     from dataclasses import replace
 
-    from moa.search.pipeline import calibrated, optimized, run_refine, tables_optimized
+    from moa.search.pipeline import calibrated, optimized, run_refine
 
     run = open_run(run_dir, quiet)
     plans, key, weights, budget = optimized(run)
     loaded = load(model, dtype, device, quiet)
     calibration, _ = calibrated(run, loaded)
-    tables = tables_optimized(run)
-    budget = replace(budget, evaluations=evaluations, steps=steps)
-    plans, _ = run_refine(run, loaded, calibration, tables, plans, key, weights, budget)
+    budget = replace(budget, evaluations=evaluations)
+    plans, _ = run_refine(run, loaded, calibration, plans, key, weights, budget)
     found = plans[-1].provenance["refined"]
     if found["loss"] >= found["start"]:
         out.print("None of the plans measured is better than the optimizer's best")

@@ -2,5 +2,3 @@
 
 ITEMS, VALIDATION_ITEMS = 24, 12  # of each length and source
 WEIGHTS = {"retrieval": 1.0, "text": 3.0, "summary": 0.5}  # of the calibration sources
-EVALUATIONS = 320  # plans to measure in the refine stage
-STEPS = 200  # of annealing

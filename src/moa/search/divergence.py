@@ -56,11 +56,6 @@ class Divergence:
         shortest = np.full((identity.layers, identity.kv_heads), float(SHORTEST))
         self._unit = self.by_source(Plan.from_arrays(identity, shortest, 0 * shortest))
 
-    @property
-    def scales(self) -> dict[str, float]:
-        """What each source's loss is multiplied by in `total`."""
-        return {source: self._weights[source] / max(unit, 1e-12) for source, unit in self._unit.items()}
-
     def around(self, plan: Plan) -> None:
         """Say that the plans to come are like this one in most heads: what they have in common is computed once."""
         if plan != self._base:
@@ -90,16 +85,13 @@ class Divergence:
             for key, items in self._items.items.items():
                 answers = zip(items, self._dense[key], self._log_probs(key, run), strict=True)
                 loss = lost if key[1] == RETRIEVAL else _mean
-                losses = [
-                    float(loss(item, torch.as_tensor(divergences(dense, other)))) for item, dense, other in answers
-                ]
+                losses = [loss(item, divergences(dense, other)) for item, dense, other in answers]
                 found.setdefault(key[1], []).append(float(np.mean(losses)))
         return {source: float(np.mean(losses)) for source, losses in found.items()}
 
     def total(self, by_source: Mapping[str, float]) -> float:
         """The weighted sum; the sum of the weights when every head has that span."""
-        scales = self.scales
-        return sum(scales[source] * loss for source, loss in by_source.items())
+        return sum(self._weights[source] * loss / max(self._unit[source], 1e-12) for source, loss in by_source.items())
 
     @torch.no_grad()
     def _log_probs(self, key: tuple[int, str], run: "_Pass") -> list[torch.Tensor]:
@@ -119,17 +111,17 @@ class Divergence:
         return result
 
 
-def lost(item: CalibrationItem, nats: torch.Tensor) -> torch.Tensor:
+def lost(item: CalibrationItem, nats: np.ndarray) -> float:
     """Mean over an item's questions of ``1 - exp(-D)``, D the sum of ``nats`` (of each token of ``item.loss``).
 
-    The first question counts one half, where there are others. Differentiable; a scalar.
+    The first question counts one half, where there are others.
     """
-    first, *later = (-torch.expm1(-nats[int(tokens[0]) : int(tokens[-1]) + 1].sum()) for tokens in item.questions)
-    return (first + torch.stack(later).mean()) / 2 if later else first
+    first, *later = (float(-np.expm1(-nats[tokens].sum())) for tokens in item.questions)
+    return float(np.mean([first, np.mean(later)])) if later else first
 
 
-def _mean(item: CalibrationItem, nats: torch.Tensor) -> torch.Tensor:
-    return nats.mean()
+def _mean(item: CalibrationItem, nats: np.ndarray) -> float:
+    return float(nats.mean())
 
 
 class _Pass(Protocol):

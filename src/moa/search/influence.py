@@ -62,23 +62,23 @@ class InfluenceCollector:
 
 
 def influence_attention(
-    collector: InfluenceCollector,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     options: AttentionOptions,
+    collector: InfluenceCollector,
     layer: int,
 ) -> torch.Tensor:
     """Causal attention of one sequence; its backward pass also adds a loss table to ``collector``.
 
     Parameters
     ----------
-    collector : InfluenceCollector
     query : [query_heads, N, head_dim]
     key, value : [kv_heads, N, head_dim]
         Query heads are consecutive per KV head. float64 is worked on in float64, any other dtype in float32.
     options : AttentionOptions
         Learned sink logits get no gradient.
+    collector : InfluenceCollector
     layer : int
         Under which the table is filed.
 
@@ -103,7 +103,7 @@ class _InfluenceAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.options, ctx.collector, ctx.layer = options, collector, layer
         lse = None
-        if not kernels_take(query, collector.backend):
+        if not _kernels_take(query, collector.backend):
             out = _Strips(query, key, value, options, collector.strip).forward()
         else:
             with torch.cuda.device_of(query):
@@ -134,8 +134,7 @@ class _InfluenceAttention(torch.autograd.Function):
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
 
 
-def kernels_take(query: torch.Tensor, backend: str | None) -> bool:
-    """Whether the search's Triton kernels work on such a query, or its strips do."""
+def _kernels_take(query: torch.Tensor, backend: str | None) -> bool:
     if backends.pick(query.device, query.dtype, query.shape[-1], backend) is sdpa:
         return False
     return query.dtype != torch.float32 or query.shape[-1] <= 128  # wider tiles of float32 do not fit on the chip

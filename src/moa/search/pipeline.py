@@ -21,10 +21,9 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
-from moa.search.anneal import ANNEAL
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
-from moa.search.defaults import EVALUATIONS, ITEMS, STEPS, VALIDATION_ITEMS, WEIGHTS
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS, WEIGHTS
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
@@ -37,6 +36,7 @@ from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import ValidationRow, best, validate
 
+_EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -105,10 +105,8 @@ class BudgetConfig:
         "scaled", "paper", "proportional" or "binary"; see `moa.search.optimize.RuleGrid`.
     points : int
         Cuts of each objective's range.
-    evaluations : int
-        Plans to measure in the refine stage; 0 leaves the stage out.
-    steps : int
-        Of annealing, at the stage's beginning; 0 leaves that out.
+    evaluations : int, optional
+        Plans to measure in the refine stage; 0 leaves it out. By default 640, and at least ten for each KV head.
     """
 
     density: float = 0.5
@@ -116,8 +114,7 @@ class BudgetConfig:
     rules_per_layer: int | None = None
     grid: str = "scaled"
     points: int = 1
-    evaluations: int = EVALUATIONS
-    steps: int = STEPS
+    evaluations: int | None = None
 
     def config(self, lengths: Iterable[int]) -> OptimizeConfig:
         """What the optimizer takes, for these profile lengths.
@@ -219,7 +216,7 @@ def run_optimize(
     inputs = {
         "profile": upstream,
         "weights": dict(weights),
-        "budget": _of_optimize(budget),
+        "budget": _without_evaluations(budget),
         "sink": SINK,
         "block": BLOCK,
         "rules_sha256": hashlib.sha256(rules.encode()).hexdigest(),
@@ -240,7 +237,7 @@ def run_optimize(
                 found.alpha,
                 found.beta,
                 provenance={
-                    "budget": _of_optimize(budget),
+                    "budget": _without_evaluations(budget),
                     "predicted_losses": {str(length): loss for length, loss in found.losses.items()},
                     "densities": {str(length): density for length, density in found.densities.items()},
                     "solver_gap": found.gap,
@@ -271,53 +268,30 @@ def run_refine(
     run: Run,
     loaded: LoadedModel,
     calibration: Calibration,
-    tables: Profile,
     plans: list[Plan],
     upstream: str,
     weights: Mapping[str, float],
     budget: BudgetConfig,
 ) -> tuple[list[Plan], str]:
-    """Fourth stage: the optimizer's plans, and better ones by running them; resumes where it was interrupted."""
-    if not budget.evaluations:
+    """Fourth stage: the optimizer's plans, and better ones by measurement; resumes where it was interrupted."""
+    heads = loaded.identity.layers * loaded.identity.kv_heads
+    evaluations = max(_EVALUATIONS, _HEAD_EVALUATIONS * heads) if budget.evaluations is None else budget.evaluations
+    if not evaluations:
         return plans, upstream
-    inputs = {
-        "optimize": upstream,
-        "evaluations": budget.evaluations,
-        "anneal": [ANNEAL, budget.steps],
-        "measure": MEASURE,
-        "sinks": SINKS,
-    }
+    inputs = {"optimize": upstream, "evaluations": evaluations, "measure": MEASURE, "sinks": SINKS}
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
         partial = folder / f"measured-{MEASURE}-{upstream}.json"
-        annealing = folder / f"annealed-{ANNEAL}-{budget.steps}-{upstream}.safetensors"
-        found = refine(
-            loaded,
-            plans,
-            calibration.profile,
-            mean_losses(item_losses(tables, loaded.identity.kv_heads, weights)),
-            weights,
-            config,
-            budget.evaluations,
-            budget.steps,
-            run.progress,
-            partial,
-            annealing,
-        )
+        found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         start = min(refined.loss for refined in found[: len(plans)])  # these are the optimizer's
         result = []
         for refined in found:
             provenance = {
-                "budget": _of_optimize(budget),
+                "budget": _without_evaluations(budget),
                 "densities": {length: refined.plan.density(int(length)) for length in plans[0].provenance["densities"]},
                 **refined.plan.provenance,
-                "refined": {
-                    "loss": refined.loss,
-                    "start": start,
-                    "evaluations": refined.evaluations,
-                    "steps": budget.steps,
-                },
+                "refined": {"loss": refined.loss, "start": start, "evaluations": refined.evaluations},
             }
             result.append(replace(refined.plan, provenance=provenance))
         write_json(folder / "plans.json", [plan.to_dict() for plan in result])
@@ -391,7 +365,7 @@ def search(
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)
     plans, key = run_optimize(run, tables, key, loaded.identity, data.weights, budget)
-    plans, key = run_refine(run, loaded, calibration, tables, plans, key, data.weights, budget)
+    plans, key = run_refine(run, loaded, calibration, plans, key, data.weights, budget)
     plan, _ = run_validate(run, loaded, plans, calibration.validation, key, data.weights)
     return plan
 
@@ -421,24 +395,6 @@ def profiled(run: Run) -> tuple[Profile, str, ModelIdentity]:
     return _load_profile(run.folder / "profile"), key, ModelIdentity(**run.finished("calibrate")[0]["model"])
 
 
-def tables_optimized(run: Run) -> Profile:
-    """The loss tables that the finished optimize stage was run on.
-
-    Raises
-    ------
-    InputError
-        If an earlier stage was run again since then.
-    """
-    tables, key, _ = profiled(run)
-    inputs = {stage: run.finished(stage)[0] for stage in ("profile", "optimize")}
-    if inputs["profile"]["calibrate"] != run.finished("calibrate")[1] or inputs["optimize"]["profile"] != key:
-        raise InputError(
-            f"{run.folder}: an earlier stage was run again after profile or optimize; run these again, too, or all of "
-            "them with `moa search`"
-        )
-    return tables
-
-
 def optimized(run: Run) -> tuple[list[Plan], str, dict[str, float], BudgetConfig]:
     """The finished optimize stage, its key, and the weights and budget it was run with."""
     inputs, key = run.finished("optimize")
@@ -454,9 +410,9 @@ def refined(run: Run) -> tuple[list[Plan], str, dict[str, float]]:
     return plans, key, weights
 
 
-def _of_optimize(budget: BudgetConfig) -> dict[str, Any]:
+def _without_evaluations(budget: BudgetConfig) -> dict[str, Any]:
     """What the optimize stage depends on."""
-    return {name: value for name, value in asdict(budget).items() if name not in ("evaluations", "steps")}
+    return {name: value for name, value in asdict(budget).items() if name != "evaluations"}
 
 
 def _budget(values: Mapping[str, Any]) -> BudgetConfig:

@@ -1,25 +1,37 @@
 """The profile stage: what every window of every query head would cost, from one backward pass per calibration item.
 
-The model runs as it is, with its attention exchanged for `influence_attention`. Only the answer's tokens carry loss.
+The model runs as it is, with its attention exchanged for `influence_attention` through transformers' registry. Only
+the answer's tokens carry loss; the gradient enters at the embeddings, the weights stay frozen, and layers are computed
+a second time in the backward pass, so that memory does not grow with depth.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moa.attention.options import AttentionOptions
 from moa.errors import InputError, UnsupportedModelError
 from moa.files import read_tensors, write_tensors
 from moa.models import LoadedModel
+from moa.plan import ModelIdentity
 from moa.progress import SILENT, Progress
-from moa.search.differentiable import attending, differentiable
 from moa.search.influence import Estimator, InfluenceCollector, influence_attention
 from moa.search.items import CalibrationItem, CalibrationSet
+from moa.support import check_plannable, text_part
+
+NAME = "moa_influence"
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def profile(
     if not work:
         raise InputError("the calibration set is empty; nothing can be profiled")
     tables: dict[tuple[int, str], list[np.ndarray]] = {}
-    with differentiable(loaded.model):
+    with differentiable(loaded.model), _influence_attention_in(loaded.model):
         for key, item in progress.track(work, "profile"):
             file = partial / _file_name(loaded, key, item, config.estimator) if partial else None
             if file is not None and file.exists():
@@ -201,8 +213,8 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
             "answer of at least one token each"
         )
     ids = torch.as_tensor(item.input_ids, dtype=torch.int64, device=model.device)
-    collector = InfluenceCollector(config.estimator, config.strip, config.backend)
-    with attending(loaded, bind(influence_attention, collector)), torch.enable_grad():
+    empty = InfluenceCollector(config.estimator, config.strip, config.backend)
+    with _collecting(identity, empty) as collector, torch.enable_grad():
         places = torch.as_tensor(item.loss, device=model.device)
         # a token is predicted one place before it
         logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=places - 1).logits
@@ -226,3 +238,141 @@ def _file_name(loaded: LoadedModel, key: tuple[int, str], item: CalibrationItem,
     digest = hashlib.sha256(np.asarray(item.input_ids, np.int64).tobytes())
     digest.update(repr((item.loss.tolist(), str(estimator), loaded.name, loaded.identity)).encode())
     return f"{key[0]}-{key[1]}-{digest.hexdigest()[:16]}.safetensors"
+
+
+# The model while it is measured ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Frozen and in eval mode, gradient from the embeddings on, layers recomputed in the backward pass; all undone."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            recomputed = isinstance(module, GradientCheckpointingLayer)
+            undo.enter_context(_attributes(module, **(_recomputing(module) if recomputed else {"training": False})))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                undo.callback(parameter.requires_grad_)
+                parameter.requires_grad_(False)
+        embeddings = model.get_input_embeddings()
+        undo.callback(embeddings.register_forward_hook(lambda module, inputs, out: out.requires_grad_()).remove)
+        yield
+
+
+@contextmanager
+def _attributes(module: torch.nn.Module, **values: Any) -> Iterator[None]:
+    """Set attributes of a module object, and put back what was there before, absence included."""
+    before = {name: vars(module)[name] for name in values if name in vars(module)}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                setattr(module, name, before[name])
+            else:
+                delattr(module, name)
+
+
+def _recomputing(layer: torch.nn.Module) -> dict[str, Any]:
+    """Attributes that make a layer recompute itself, without dropout.
+
+    Transformers recomputes layers in training mode only, where some layers drop out. So ``training`` is the switch
+    alone: while the layer computes, it is off.
+    """
+
+    def run(forward: Callable[..., Any], *inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    def recompute(forward: Callable[..., Any], *inputs: Any) -> Any:
+        return checkpoint(bind(run, forward), *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    return {"training": True, "gradient_checkpointing": True, "_gradient_checkpointing_func": recompute}
+
+
+@contextmanager
+def _influence_attention_in(model: PreTrainedModel) -> Iterator[None]:
+    """Exchange the model's attention for `_attention`."""
+    check_plannable(model)
+    part, text = text_part(model)
+    before = text._attn_implementation
+
+    def switch(implementation: str) -> None:
+        model.set_attn_implementation(implementation if part is None else {part: implementation})
+
+    try:
+        switch(NAME)
+        if text._attn_implementation != NAME:
+            raise UnsupportedModelError(
+                f"{text.model_type} models do not let their attention be exchanged (transformers keeps "
+                f"{text._attn_implementation!r}), so they cannot be profiled"
+            )
+        yield
+    finally:
+        switch(before)
+
+
+# Where the attention function of the running `profile` reports. Not a context variable: on a GPU layers are recomputed
+# in autograd's own thread.
+_running: tuple[ModelIdentity, InfluenceCollector] | None = None
+
+
+@contextmanager
+def _collecting(identity: ModelIdentity, collector: InfluenceCollector) -> Iterator[InfluenceCollector]:
+    global _running
+    _running = identity, collector
+    try:
+        yield collector
+    finally:
+        _running = None
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls; tensors [1, heads, N, head_dim], without dropout."""
+    if _running is None:
+        raise UnsupportedModelError(f"attention {NAME!r} is for profiling only; choose another attn_implementation")
+    identity, collector = _running
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None or position_bias is not None or not causal:
+        raise UnsupportedModelError(
+            f"{identity.model_type} has masks or position biases of its own; plans cover neither"
+        )
+    heads = query.shape[1], key.shape[1]
+    if heads != (identity.query_heads, identity.kv_heads) or key.shape[-1] != value.shape[-1]:
+        raise UnsupportedModelError(
+            f"a layer of this {identity.model_type} model attends with {heads[0]} query heads, {heads[1]} KV heads and "
+            f"keys and values of {key.shape[-1]} and {value.shape[-1]}, which is not what is stored for the model "
+            f"({identity}); latent attention (MLA) and layers of different shapes cannot be profiled"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scaling, softcap, s_aux, sliding_window)
+    out = influence_attention(query[0], key[0], value[0], options, collector, module.layer_idx)
+    return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def _mask(allow_is_causal_skip: bool = True, **kwargs: Any) -> None:
+    """Calibration items are single sequences without padding, so no mask is needed."""
+    if not allow_is_causal_skip:
+        raise UnsupportedModelError("the model masks more than the future of each token; plans are for causal decoders")
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

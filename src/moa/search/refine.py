@@ -1,17 +1,17 @@
-"""The refine stage: the last choices are made by running plans, undecided ones and real ones.
+"""The refine stage: the last choices are made by measurement.
 
 A loss table is of first order and knows one head at a time: it cannot see that two heads stand in for each other, or
-that a head matters only while another one works. So first all heads decide together (`moa.search.anneal`), from the
-tables on. Then plans run for real, at all profile lengths: the optimizer's and the annealed one, each with several
-sinks, and from the best of them *sweeps*, in which each head alone tries a few rules beside its own. An exact program
-picks the best set of these changes within the budget; since each was measured alone, ever fewer of them are made at
-once until the loss of the whole, measured, falls.
+that a head matters only while another one works. Here plans run for real, at all profile lengths. First the descent
+(`moa.search.descend`) comes down from the dense model. Then *sweeps* try, for each head alone, a few rules beside its
+own. An exact program picks the best set of these changes within the budget; since each was measured alone, ever fewer
+of them are made at once until the loss of the whole, measured, falls.
 
-The sink is tried at the same spans, with more of the beginning of the text in them and less of the rest. Where spans
-are long, a system prompt that all heads see is worth more than as many tokens further back.
+Before the descent and after it the sink is chosen: the same spans, with more of the beginning of the text in them and
+less of the rest. Where spans are long, a system prompt that all heads see is worth more than as many tokens further
+back.
 
 Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
-lie there; so in sweeps heads try rules that see at most half of a text, or all of it.
+lie there; so heads try rules that see at most half of a text, or all of it.
 """
 
 import hashlib
@@ -25,9 +25,8 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import SINK, ModelIdentity, Plan
 from moa.progress import SILENT, Progress
-from moa.search.anneal import anneal
 from moa.search.calibrate import RETRIEVAL
-from moa.search.defaults import STEPS
+from moa.search.descend import LEAST_EVALUATIONS, descend
 from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
 from moa.search.items import CalibrationSet
@@ -35,6 +34,7 @@ from moa.search.optimize import OptimizeConfig, Rules
 
 SINKS = (SINK, 16, 32, 64)  # tried, in tokens
 _SINK = 1 / 4  # of the shortest span that is worth measuring, at most
+_DESCENT = 2 / 3  # of the plans to measure, at most
 _WINDOW = 1 / 2  # share of a text that a head sees at most, unless it sees all
 _STEP = 2  # a head tries the rules so many places cheaper and dearer than its own, the cheapest and the dearest
 _TRIED = 4  # rules of a head in a sweep, at most
@@ -68,14 +68,11 @@ def refine(
     loaded: LoadedModel,
     plans: Sequence[Plan],
     items: CalibrationSet,
-    tables: Mapping[int, np.ndarray],
     weights: Mapping[str, float],
     config: OptimizeConfig,
     evaluations: int,
-    steps: int = STEPS,
     progress: Progress = SILENT,
     partial: Path | None = None,
-    annealing: Path | None = None,
 ) -> list[Refined]:
     """Better and better plans, by measurement.
 
@@ -85,34 +82,24 @@ def refine(
     plans : sequence of Plan
         The optimizer's plans for ``config``.
     items : CalibrationSet
-        What is annealed on; some of them are measured on.
-    tables : mapping from profile length N to float64 [layers, kv_heads, windows]
-        Loss tables, where annealing starts.
+        What is measured on.
     weights : mapping of source to float
         As for `Divergence`.
     config : OptimizeConfig
         The budget, the rules, and how many of them a layer may have.
     evaluations : int
         Plans to measure. A sweep that uses up the last of them ends with what it has, and a few plans more.
-    steps : int
-        Of annealing; 0 for none.
-    partial, annealing : Path, optional
-        Files of what was measured so far and of the state of annealing; an interrupted call goes on from them.
+    partial : Path, optional
+        File of what was measured so far; an interrupted call goes on from it.
 
     Returns
     -------
     list of Refined
-        First the optimizer's plans and the annealed one, each with the sink that is best for it. Then, by falling
-        loss, what each sweep found, as far as it is better than all before. The later ones have seen more of the items;
-        held-out items say which to take.
+        First the optimizer's plans, each with the sink that is best for it. Then, by falling loss, what the descent
+        found, the same with another sink, and what each sweep found, as far as each is better than all before. The
+        later ones have seen more of the items; held-out items say which to take.
     """
-    divergence = Divergence(loaded, _some(items), weights)
-    starts = list(plans)
-    if steps:
-        annealed = anneal(loaded, items, tables, divergence.scales, config, steps, progress, annealing)
-        starts += [] if annealed is None else [annealed]
-    lengths = sorted({length for length, _ in items.items})
-    return _Refinement(loaded, starts, lengths, divergence, config, evaluations, progress, partial).run()
+    return _Refinement(loaded, plans, items, weights, config, evaluations, progress, partial).run()
 
 
 @dataclass(frozen=True)
@@ -160,18 +147,22 @@ class _Refinement:
         self,
         loaded: LoadedModel,
         plans: Sequence[Plan],
-        lengths: Sequence[int],
-        divergence: Divergence,
+        items: CalibrationSet,
+        weights: Mapping[str, float],
         config: OptimizeConfig,
         evaluations: int,
         progress: Progress,
         partial: Path | None,
     ):
         self.loaded, self.plans, self.progress = loaded, plans, progress
-        self.divergence, self.evaluations, self.partial = divergence, evaluations, partial
-        self.spaces = {sink: _Space.of(lengths, replace(config, sink=sink)) for sink in {config.sink, *SINKS}}
+        self.evaluations, self.partial = evaluations, partial
+        self.items, self.weights = _some(items), weights
+        self.lengths = sorted({length for length, _ in items.items})
+        self.divergence = Divergence(loaded, self.items, weights)
+        self.spaces = {sink: _Space.of(self.lengths, replace(config, sink=sink)) for sink in {config.sink, *SINKS}}
         self.space = self.spaces[config.sink]
-        self.heads = loaded.identity.layers * loaded.identity.kv_heads
+        self.shape = loaded.identity.layers, loaded.identity.kv_heads
+        self.heads = self.shape[0] * self.shape[1]
         self.heads_a_sweep = min(self.heads, max(_LEAST_HEADS, evaluations // (_SWEEPS * _TRIED)))
         self.random = np.random.default_rng(0)
         self.known: dict[str, float] = {} if partial is None or not partial.is_file() else read_json(partial)
@@ -182,13 +173,22 @@ class _Refinement:
         best = min(result, key=lambda start: start.loss)
         plan = self.begin_from(best.plan)
 
+        def keep(better: np.ndarray) -> bool:
+            nonlocal best
+            if self.loss(better) >= (1 - _LEAST_GAIN) * best.loss:
+                return False
+            best = self.refined(self.plan(better))
+            result.append(best)
+            return True
+
+        descended = self.descended()
+        if descended is not None and keep(descended):
+            plan = self.begin_from(self.with_best_sink(best.plan))
+            keep(plan)
         vain = 0  # sweeps in a row
         while len(self.measured) < self.evaluations and vain * self.heads_a_sweep < self.heads:
             plan = self.sweep(plan)
-            vain += 1
-            if self.loss(plan) < (1 - _LEAST_GAIN) * best.loss:
-                vain, best = 0, self.refined(self.plan(plan))
-                result.append(best)
+            vain = 0 if keep(plan) else vain + 1
         return result
 
     def with_best_sink(self, plan: Plan) -> Plan:
@@ -204,6 +204,24 @@ class _Refinement:
 
     def refined(self, plan: Plan) -> Refined:
         return Refined(plan, self.measure(plan), len(self.measured))
+
+    def descended(self) -> np.ndarray | None:
+        """The descent's plan; None where the allowance is too small, or no plan near it is within the budget."""
+        allowance = int(_DESCENT * self.evaluations)
+        if allowance < LEAST_EVALUATIONS * self.heads:
+            return None
+        budget = self.space.budget
+        spans = {length: spans for length, spans in budget.rules.spans.items() if length >= self.lengths[0]}
+        plan = descend(
+            self.loss,
+            self.shape,
+            replace(budget, rules=replace(budget.rules, spans=spans)),  # tokens count where it is measured
+            allowance,
+            self.progress,
+            around=lambda plan: self.divergence.around(self.plan(plan)),
+        )
+        plan = plan if budget.fits(plan) else self.sweep(plan)
+        return plan if budget.fits(plan) else None
 
     def loss(self, plan: np.ndarray) -> float:
         return self.measure(self.plan(plan))
