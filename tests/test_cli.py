@@ -113,6 +113,9 @@ def test_stages_one_by_one_give_the_plan_of_the_search(tmp_path, capsys):
     assert run("search", "demo", "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *data, *common) == 0
     assert moa.Plan.load(tmp_path / "a.json") == moa.Plan.load(tmp_path / "b.json")
     assert capsys.readouterr().err == "", "--quiet is quiet"
+    assert run("profile", "demo", "--estimator", "paper", *common) == 0
+    for command in (("refine", "demo", "--refine", 9), ("validate", "demo", "-o", tmp_path / "c.json")):
+        assert "run again after optimize" in complaint(capsys, *command, *common)
 
 
 def test_generate_answers_from_the_smaller_cache(demo_plan, capsys):

@@ -396,8 +396,20 @@ def profiled(run: Run) -> tuple[Profile, str, ModelIdentity]:
 
 
 def optimized(run: Run) -> tuple[list[Plan], str, dict[str, float], BudgetConfig]:
-    """The finished optimize stage, its key, and the weights and budget it was run with."""
+    """The finished optimize stage, its key, and the weights and budget it was run with.
+
+    Raises
+    ------
+    InputError
+        If it is not there, or an earlier stage was run again since.
+    """
     inputs, key = run.finished("optimize")
+    profile, profile_key = run.finished("profile")
+    if inputs["profile"] != profile_key or profile["calibrate"] != run.finished("calibrate")[1]:
+        raise InputError(
+            f"{run.folder}: calibrate or profile was run again after optimize, whose plans are of the items before; "
+            "run the stages after it again, or all of them with `moa search`"
+        )
     return _load_plans(run.folder / "optimize"), key, inputs["weights"], _budget(inputs["budget"])
 
 
