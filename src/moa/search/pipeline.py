@@ -407,8 +407,8 @@ def optimized(run: Run) -> tuple[list[Plan], str, dict[str, float], BudgetConfig
     profile, profile_key = run.finished("profile")
     if inputs["profile"] != profile_key or profile["calibrate"] != run.finished("calibrate")[1]:
         raise InputError(
-            f"{run.folder}: calibrate or profile was run again after optimize, whose plans are of the items before; "
-            "run the stages after it again, or all of them with `moa search`"
+            f"{run.folder}: calibrate or profile was run again after optimize, whose plans are from what they gave "
+            "before; run the stages after it again, or all of them with `moa search`"
         )
     return _load_plans(run.folder / "optimize"), key, inputs["weights"], _budget(inputs["budget"])
 
