@@ -6,8 +6,8 @@ tensor [pairs, capacity, head_dim] without a copy. A pair's t-th token goes to s
 sink's slots stay and the rest is a ring. Keys are stored after the rotary embedding, so the order inside the ring does
 not matter to the softmax. How many tokens a pair was given, ``written[p]``, is all the state there is.
 
-A pair's keys may lie as [head_dim, capacity] instead, in the same place: products of a few queries with them read
-float32 from memory twice as fast on a CPU.
+A pair's keys and values may lie as [dim, capacity] instead, in the same place: products of a few queries with them read
+float32 from memory up to twice as fast on a CPU.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import torch
 class Group:
     """Pairs of equal capacity: ``first`` to ``last`` in the order of storage.
 
-    ``keys`` and ``values`` are their part of the buffers, in place: [pairs, capacity, dim], whichever way keys lie.
+    ``keys`` and ``values`` are their part of the buffers, in place: [pairs, capacity, dim], whichever way they lie.
     """
 
     first: int
@@ -45,11 +45,11 @@ class SpanStore:
 
     Attributes
     ----------
-    key_columns : bool
-        Whether a pair's keys lie as [head_dim, capacity].
+    columns : bool
+        Whether a pair's keys and values lie as [dim, capacity].
     keys : [slots, head_dim]
-        With ``key_columns`` its rows are no keys; see `keys_of`.
     values : [slots, value_dim]
+        With ``columns`` the rows of both are no keys and values; see `keys_of` and `values_of`.
     capacity, offset, written : int64 [pairs]
         On the host; a backend that counts on the device (`on_device`) counts here as well.
     order : int64 [pairs]
@@ -67,10 +67,10 @@ class SpanStore:
         sink: int,
         like_key: torch.Tensor,
         like_value: torch.Tensor,
-        key_columns: bool = False,
+        columns: bool = False,
     ):
         self.rows, self.heads = capacity.shape
-        self.sink, self.key_columns = sink, key_columns
+        self.sink, self.columns = sink, columns
         self.capacity = capacity.reshape(-1).astype(np.int64)
         _, first, which = np.unique(self.capacity, return_index=True, return_inverse=True)
         self.order = np.argsort(first[which], kind="stable")  # equal ones where the first of them is
@@ -89,24 +89,24 @@ class SpanStore:
             Group(
                 first,
                 last,
-                self._key_rows(self.keys[starts[first] : starts[last]], last - first),
-                self.values[starts[first] : starts[last]].view(last - first, int(ordered[first]), -1),
+                self._tokens(self.keys[starts[first] : starts[last]], last - first),
+                self._tokens(self.values[starts[first] : starts[last]], last - first),
             )
             for first, last in itertools.pairwise(bounds)
         )
 
-    def _key_rows(self, part: torch.Tensor, pairs: int) -> torch.Tensor:
-        """A part of the keys' buffer that belongs to so many pairs of equal capacity: [pairs, capacity, head_dim]."""
+    def _tokens(self, part: torch.Tensor, pairs: int) -> torch.Tensor:
+        """A part of a buffer that belongs to so many pairs of equal capacity: [pairs, capacity, dim]."""
         dim = part.shape[1]
-        return part.view(pairs, dim, -1).mT if self.key_columns else part.view(pairs, -1, dim)
+        return part.view(pairs, dim, -1).mT if self.columns else part.view(pairs, -1, dim)
 
     def keys_of(self, pair: int) -> torch.Tensor:
         """A pair's keys, in place: [capacity, head_dim]."""
-        return self._key_rows(self.keys[self._own(pair)], 1)[0]
+        return self._tokens(self.keys[self._own(pair)], 1)[0]
 
     def values_of(self, pair: int) -> torch.Tensor:
         """A pair's values, in place: [capacity, value_dim]."""
-        return self.values[self._own(pair)]
+        return self._tokens(self.values[self._own(pair)], 1)[0]
 
     def _own(self, pair: int) -> slice:
         return slice(int(self.offset[pair]), int(self.offset[pair] + self.capacity[pair]))
@@ -123,9 +123,13 @@ class SpanStore:
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store one new token of every pair: [pairs, head_dim], [pairs, value_dim]."""
         slots = torch.from_numpy(self.slot(slice(None), self.written)).to(self.keys.device)
-        first, step = self._key_numbers
-        self.keys.view(-1).index_copy_(0, torch.add(first, slots[:, None], alpha=step).view(-1), key.reshape(-1))
-        self.values.index_copy_(0, slots, value)
+        if self.columns:
+            places = {dim: (first + slots[:, None]).view(-1) for dim, first in self._first.items()}
+            for buffer, new in ((self.keys, key), (self.values, value)):
+                buffer.view(-1).index_copy_(0, places[buffer.shape[1]], new.reshape(-1))
+        else:
+            self.keys.index_copy_(0, slots, key)
+            self.values.index_copy_(0, slots, value)
         self.written += 1
 
     def extend(self, pairs: np.ndarray, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -167,17 +171,16 @@ class SpanStore:
         """
         source = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)  # the pair behind each new pair
         slots = [self.ordered_slots(pair) for pair in source]
-        target = SpanStore(capacity, self.sink, self.keys, self.values, self.key_columns)
+        target = SpanStore(capacity, self.sink, self.keys, self.values, self.columns)
         target.written = np.array([len(old) for old in slots], np.int64)
+        if self.columns:
+            for pair, (old, tokens) in enumerate(zip(source, target.written, strict=True)):
+                target.keys_of(pair)[:tokens], target.values_of(pair)[:tokens] = self.held(old)
+            return target
         new = np.concatenate([start + np.arange(len(old)) for start, old in zip(target.offset, slots, strict=True)])
         index = torch.from_numpy(np.concatenate(slots)).to(self.keys.device)
         place = torch.from_numpy(new).to(self.keys.device)
-        target.values[place] = self.values[index]
-        if self.key_columns:
-            for pair, (old, tokens) in enumerate(zip(source, target.written, strict=True)):
-                target.keys_of(pair)[:tokens] = self.held(old)[0]
-        else:
-            target.keys[place] = self.keys[index]
+        target.keys[place], target.values[place] = self.keys[index], self.values[index]
         return target
 
     def suits(
@@ -186,12 +189,12 @@ class SpanStore:
         sink: int,
         like_key: torch.Tensor,
         like_value: torch.Tensor,
-        key_columns: bool = False,
+        columns: bool = False,
     ) -> bool:
         """Whether a store made with these arguments would be like this one."""
         return (
             (self.rows, self.heads) == capacity.shape
-            and self.key_columns == key_columns
+            and self.columns == columns
             and self.keys.is_inference() == torch.is_inference_mode_enabled()  # no other may be written to
             and self.sink == sink
             and np.array_equal(self.capacity, capacity.reshape(-1))
@@ -229,13 +232,17 @@ class SpanStore:
         return torch.from_numpy(np.argsort(self.order)).to(self.keys.device)
 
     @cached_property
-    def _key_numbers(self) -> tuple[torch.Tensor, int]:
-        """Where a pair's slot 0 would lie in the keys' buffer, int64 [pairs, head_dim], and the step between slots."""
-        dim = self.keys.shape[1]
-        first = np.zeros((len(self.offset), 1), np.int64) + np.arange(dim)
-        if self.key_columns:
-            first = self.offset[:, None] * (dim - 1) + self.capacity[:, None] * np.arange(dim)
-        return torch.from_numpy(first).to(self.keys.device), 1 if self.key_columns else dim
+    def _first(self) -> dict[int, torch.Tensor]:
+        """By width of a buffer with ``columns``: where a pair's slot 0 would lie in it, int64 [pairs, width].
+
+        Slots count from the beginning of the buffer, the columns of a pair from its own.
+        """
+        return {
+            dim: torch.from_numpy(self.offset[:, None] * (dim - 1) + self.capacity[:, None] * np.arange(dim)).to(
+                self.keys.device
+            )
+            for dim in {self.keys.shape[1], self.values.shape[1]}
+        }
 
     def nbytes(self) -> int:
         """Bytes of K and V held."""

@@ -158,8 +158,8 @@ def attend(
     return output
 
 
-def key_columns(dtype: torch.dtype) -> bool:
-    """Never: the kernels read keys by rows."""
+def columns(dtype: torch.dtype) -> bool:
+    """Never: the kernels read keys and values by rows."""
     return False
 
 
