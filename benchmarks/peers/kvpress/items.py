@@ -44,7 +44,7 @@ def table(arguments: argparse.Namespace) -> None:
     cells, commands = defaultdict(list), []
     for file in arguments.said:
         first, *said = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines())
-        commands.append(first["command"])
+        commands.append(f"{first['command']} (items' sha256 {first['items_sha256'][:12]})")
         for line in said:
             key = line["method"], line["density"], line["task"], line["length"]
             cells[key].append(score(line["text"], line["answers"]))
