@@ -46,18 +46,18 @@ def test_what_they_say_is_scored_as_in_eval(items, tmp_path):
     said, table = tmp_path / "said.jsonl", tmp_path / "table.json"
     common = {"method": "SnapKV, blind", "density": 0.5, "task": "passkey", "length": 1024, "depth": 0.5}
     lines = [
-        {"command": "run.py", "model": "m", "device": {"torch": "2"}},
+        {"command": "run.py", "items_sha256": 64 * "a", "model": "m", "device": {"torch": "2"}},
         {**common, "answers": ["12345"], "text": " 12345."},
         {**common, "answers": ["12345"], "text": " 54321."},
     ]
     said.write_text("".join(json.dumps(line) + "\n" for line in lines))
     more = tmp_path / "more.jsonl"
-    lines = [{**lines[0], "command": "run.py again"}, {**lines[1], "method": "other"}]
+    lines = [{**lines[0], "command": "run.py again", "items_sha256": 64 * "b"}, {**lines[1], "method": "other"}]
     more.write_text("".join(json.dumps(line) + "\n" for line in lines))
     items("table", said, more, "--json", table)
     result = json.loads(table.read_text())
     row, other = result["rows"]
     assert (row["score"], row["n"], row["stderr"]) == (0.5, 2, pytest.approx(0.5))
     assert (other["method"], other["score"], other["n"]) == ("other 0.5", 1, 1)
-    assert result["command"] == "run.py; run.py again"
+    assert result["command"] == f"run.py (items' sha256 {12 * 'a'}); run.py again (items' sha256 {12 * 'b'})"
     assert "SnapKV, blind" in table.with_suffix(".md").read_text()
