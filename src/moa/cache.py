@@ -53,7 +53,7 @@ class SpanLayer(CacheLayerMixin):
         self.sliding_window = sliding_window
         layer_sink = effective_span(0, sink, sliding_window)[1]
         self.backend = backends.pick(key.device, key.dtype, key.shape[-1], backend)
-        like = (self._capacity(), layer_sink, key, value, self.backend.columns(key.dtype))
+        like = (self._capacity(), layer_sink, key, value, self.backend.transposed(key.dtype))
         if spare is not None and spare.suits(*like):
             spare.clear()
             self.store = spare

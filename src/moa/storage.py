@@ -45,11 +45,11 @@ class SpanStore:
 
     Attributes
     ----------
-    columns : bool
+    transposed : bool
         Whether a pair's keys and values lie as [dim, capacity].
     keys : [slots, head_dim]
     values : [slots, value_dim]
-        With ``columns`` the rows of both are no keys and values; see `keys_of` and `values_of`.
+        With ``transposed`` the rows of both are no keys and values; see `keys_of` and `values_of`.
     capacity, offset, written : int64 [pairs]
         On the host; a backend that counts on the device (`on_device`) counts here as well.
     order : int64 [pairs]
@@ -67,10 +67,10 @@ class SpanStore:
         sink: int,
         like_key: torch.Tensor,
         like_value: torch.Tensor,
-        columns: bool = False,
+        transposed: bool = False,
     ):
         self.rows, self.heads = capacity.shape
-        self.sink, self.columns = sink, columns
+        self.sink, self.transposed = sink, transposed
         self.capacity = capacity.reshape(-1).astype(np.int64)
         _, first, which = np.unique(self.capacity, return_index=True, return_inverse=True)
         self.order = np.argsort(first[which], kind="stable")  # equal ones where the first of them is
@@ -98,7 +98,7 @@ class SpanStore:
     def _tokens(self, part: torch.Tensor, pairs: int) -> torch.Tensor:
         """A part of a buffer that belongs to so many pairs of equal capacity: [pairs, capacity, dim]."""
         dim = part.shape[1]
-        return part.view(pairs, dim, -1).mT if self.columns else part.view(pairs, -1, dim)
+        return part.view(pairs, dim, -1).mT if self.transposed else part.view(pairs, -1, dim)
 
     def keys_of(self, pair: int) -> torch.Tensor:
         """A pair's keys, in place: [capacity, head_dim]."""
@@ -123,7 +123,7 @@ class SpanStore:
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store one new token of every pair: [pairs, head_dim], [pairs, value_dim]."""
         slots = torch.from_numpy(self.slot(slice(None), self.written)).to(self.keys.device)
-        if self.columns:
+        if self.transposed:
             places = {dim: (first + slots[:, None]).view(-1) for dim, first in self._first.items()}
             for buffer, new in ((self.keys, key), (self.values, value)):
                 buffer.view(-1).index_copy_(0, places[buffer.shape[1]], new.reshape(-1))
@@ -171,9 +171,9 @@ class SpanStore:
         """
         source = (rows[:, None] * self.heads + np.arange(self.heads)).reshape(-1)  # the pair behind each new pair
         slots = [self.ordered_slots(pair) for pair in source]
-        target = SpanStore(capacity, self.sink, self.keys, self.values, self.columns)
+        target = SpanStore(capacity, self.sink, self.keys, self.values, self.transposed)
         target.written = np.array([len(old) for old in slots], np.int64)
-        if self.columns:
+        if self.transposed:
             for pair, (old, tokens) in enumerate(zip(source, target.written, strict=True)):
                 target.keys_of(pair)[:tokens], target.values_of(pair)[:tokens] = self.held(old)
             return target
@@ -189,12 +189,12 @@ class SpanStore:
         sink: int,
         like_key: torch.Tensor,
         like_value: torch.Tensor,
-        columns: bool = False,
+        transposed: bool = False,
     ) -> bool:
         """Whether a store made with these arguments would be like this one."""
         return (
             (self.rows, self.heads) == capacity.shape
-            and self.columns == columns
+            and self.transposed == transposed
             and self.keys.is_inference() == torch.is_inference_mode_enabled()  # no other may be written to
             and self.sink == sink
             and np.array_equal(self.capacity, capacity.reshape(-1))
@@ -233,10 +233,7 @@ class SpanStore:
 
     @cached_property
     def _first(self) -> dict[int, torch.Tensor]:
-        """By width of a buffer with ``columns``: where a pair's slot 0 would lie in it, int64 [pairs, width].
-
-        Slots count from the beginning of the buffer, the columns of a pair from its own.
-        """
+        """By width of a transposed buffer, int64 [pairs, width]: slot plus this are the places of its numbers."""
         return {
             dim: torch.from_numpy(self.offset[:, None] * (dim - 1) + self.capacity[:, None] * np.arange(dim)).to(
                 self.keys.device

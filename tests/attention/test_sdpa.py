@@ -107,14 +107,14 @@ def test_decoding_equals_the_definition_whatever_the_threads(threads, shared, wh
     assert (got.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)
 
 
-@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_decoding_equals_the_definition_whichever_way_keys_and_values_lie(columns, dtype):
+def test_decoding_equals_the_definition_whichever_way_keys_and_values_lie(transposed, dtype):
     tokens, prompt, sink = 60, 40, 4
     q, k, v = tensors(2, 3, 2, tokens)
     spans = np.array([[16, 60, 16], [60, 32, 16]])
     options = AttentionOptions(0.4)
-    store = SpanStore(spans, sink, k.to(dtype), v.to(dtype), columns)
+    store = SpanStore(spans, sink, k.to(dtype), v.to(dtype), transposed)
 
     def read(start, end):
         return sdpa.attend(store, *(x[:, :, start:end].to(dtype) for x in (q, k, v)), None, options)
@@ -127,11 +127,11 @@ def test_decoding_equals_the_definition_whichever_way_keys_and_values_lie(column
     assert (got.double() - expected).norm() / expected.norm() < (1e-12 if dtype == torch.float64 else 2e-2)
 
 
-@pytest.mark.parametrize("columns", [False, True])
-def test_keys_and_values_lie_where_the_storage_says(columns):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_keys_and_values_lie_where_the_storage_says(transposed):
     _, k, v = tensors(1, 3, 1, 20)
     v = v[..., 1:]  # of another width than keys
-    store = SpanStore(np.array([[8, 20, 8]]), 2, k, v, columns)
+    store = SpanStore(np.array([[8, 20, 8]]), 2, k, v, transposed)
     for token in range(20):
         store.append(k[0, :, token], v[0, :, token])
     for pair, seen in ((0, [0, 1, 14, 15, 16, 17, 18, 19]), (1, list(range(20)))):
@@ -142,7 +142,7 @@ def test_keys_and_values_lie_where_the_storage_says(columns):
     assert torch.equal(pair_of_20.keys[0], store.keys_of(1))
     assert torch.equal(pairs_of_8.values[1], store.values_of(2))
     for rows, buffer in ((pairs_of_8.keys, store.keys), (pairs_of_8.values, store.values)):
-        assert (rows.stride(-1) == 1) != columns
+        assert (rows.stride(-1) == 1) != transposed
         assert rows.data_ptr() == buffer.data_ptr()  # in place
     moved = store.moved(np.array([0]), np.array([[20, 20, 20]]))
     for pair in range(3):
@@ -150,12 +150,12 @@ def test_keys_and_values_lie_where_the_storage_says(columns):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("columns", [False, True])
-def test_pairs_of_a_group_may_hold_different_numbers_of_tokens(columns):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pairs_of_a_group_may_hold_different_numbers_of_tokens(transposed):
     """A row that was padded holds fewer; its spans are the same."""
     q, k, v = tensors(2, 2, 2, 30)
     spans, sink, options = np.full((2, 2), 24), 4, AttentionOptions(0.4)
-    store = SpanStore(spans, sink, k, v, columns)
+    store = SpanStore(spans, sink, k, v, transposed)
     valid = np.ones((2, 16), bool)
     valid[1, :7] = False
     sdpa.attend(store, q[:, :, :16], k[:, :, :16], v[:, :, :16], valid, options)

@@ -1,8 +1,8 @@
 """Which implementation of span attention runs: picked once per storage, and said in the log.
 
 All have the same functions: ``prefill`` (whole sequences), ``attend`` (new tokens over a SpanStore), ``recordable``
-(whether decode steps over a SpanStore may be recorded as a CUDA graph), and ``columns`` (how keys and values of a dtype
-lie best in a SpanStore).
+(whether decode steps over a SpanStore may be recorded as a CUDA graph), and ``transposed`` (whether keys and values of
+a dtype lie best so in a SpanStore).
 """
 
 import logging

@@ -158,7 +158,7 @@ def attend(
     return output
 
 
-def columns(dtype: torch.dtype) -> bool:
+def transposed(dtype: torch.dtype) -> bool:
     """Never: the kernels read keys and values by rows."""
     return False
 

@@ -82,10 +82,10 @@ def attend(
         return _extend(store, np.arange(store.rows), query, key, value, options)
     output = value.new_zeros(*query.shape[:3], value.shape[3])
     for row in range(store.rows):  # rows with padding differ in length, so each is a sequence of its own
-        real = torch.from_numpy(np.flatnonzero(valid[row])).to(query.device)
-        if len(real):
-            q, k, v = (tensor[row : row + 1].index_select(2, real) for tensor in (query, key, value))
-            output[row, :, real] = _extend(store, np.array([row]), q, k, v, options)[0]
+        columns = torch.from_numpy(np.flatnonzero(valid[row])).to(query.device)
+        if len(columns):
+            q, k, v = (tensor[row : row + 1].index_select(2, columns) for tensor in (query, key, value))
+            output[row, :, columns] = _extend(store, np.array([row]), q, k, v, options)[0]
     return output
 
 
@@ -94,7 +94,7 @@ def recordable(store: SpanStore) -> bool:
     return False
 
 
-def columns(dtype: torch.dtype) -> bool:
+def transposed(dtype: torch.dtype) -> bool:
     """Where full precision is stored; a CPU's products of bfloat16 take longer so."""
     return dtype in (torch.float32, torch.float64)
 
