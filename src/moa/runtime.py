@@ -7,7 +7,10 @@ will become, and ``forward``, which replays decode steps on a GPU (`moa.decode_g
 """
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -268,6 +271,23 @@ def _mask(
             "new tokens, which need one each"
         )
     return None if new.all() else new
+
+
+@contextmanager
+def hidden_from_compilers() -> Iterator[None]:
+    """Inside, `torch.compile` calls our attention as it is instead of looking into it."""
+    AttentionInterface.register(NAME, _opaque_attention())
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, _attention)
+
+
+@cache
+def _opaque_attention() -> Callable[..., Any]:
+    """Made once, since compilers tell functions apart by identity, and when asked for: it loads the compiler."""
+    opaque: Callable[..., Any] = torch.compiler.disable(_attention)
+    return opaque
 
 
 AttentionInterface.register(NAME, _attention)

@@ -23,6 +23,7 @@ from moa.plan import Plan
 from moa.runtime import apply
 from moa.search.answers import rows_together
 from moa.search.calibrate import RETRIEVAL
+from moa.search.compiled_layers import CompiledLayers
 from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.layer_outputs import LayerOutputs
 from moa.search.tables import SHORTEST
@@ -51,6 +52,7 @@ class Divergence:
         self._kept = False  # whether the base has run
         tokens = sum(len(item.input_ids) for members in items.items.values() for item in members)
         self._outputs = LayerOutputs(loaded.model, tokens)
+        self._compiled = CompiledLayers(loaded.model) if loaded.model.device.type == "cuda" else None
         self._dense = {key: self._log_probs(key, _run) for key in items.items}
         identity = loaded.identity
         shortest = np.full((identity.layers, identity.kv_heads), float(SHORTEST))
@@ -105,7 +107,8 @@ class Divergence:
             ids = torch.as_tensor(np.stack([item.input_ids for item in together]), device=model.device)
             start = min(int(item.loss[0]) for item in together)
             positions = torch.arange(start - 1, length - 1, device=model.device)
-            logits = run((key, first), run=partial(logits_at, model, ids, positions, use_cache=False))
+            forward = partial(run, (key, first), run=partial(logits_at, model, ids, positions, use_cache=False))
+            logits = forward() if self._compiled is None else self._compiled.run(forward)
             answers = zip(logits, together, strict=True)
             result += [row[item.loss - start].float().log_softmax(-1) for row, item in answers]
         return result

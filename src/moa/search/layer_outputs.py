@@ -7,13 +7,14 @@ comes before instead of computing it: half of the work, on average.
 Layers that may not be left out, because later ones need more of them than their output, are found by trying.
 """
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from moa.search.layers import decoder_layers, instead
 from moa.support import text_part
 
 _MOST_BYTES = 4 << 30  # kept, of all passes together; a larger model keeps the outputs of every second layer, or third
@@ -30,9 +31,8 @@ class LayerOutputs:
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int):
-        text = text_part(model)[1]
-        self._layers = _decoder_layers(model, text.num_hidden_layers)
-        each = tokens * text.hidden_size * model.dtype.itemsize
+        self._layers = decoder_layers(model)
+        each = tokens * text_part(model)[1].hidden_size * model.dtype.itemsize
         step = max(1, -(-each * len(self._layers) // _MOST_BYTES))
         # a pass may begin at these layers, with what the one before gave
         self._starts = list(range(step, len(self._layers), step))
@@ -73,29 +73,6 @@ class LayerOutputs:
         output = self._kept[name, start]
         with ExitStack() as stack:
             for layer in self._layers[: start - 1]:
-                stack.enter_context(_instead(layer, lambda hidden, *args, **kwargs: hidden))
-            stack.enter_context(_instead(self._layers[start - 1], lambda *args, **kwargs: output))
+                stack.enter_context(instead(layer, lambda hidden, *args, **kwargs: hidden))
+            stack.enter_context(instead(self._layers[start - 1], lambda *args, **kwargs: output))
             return run()
-
-
-def _decoder_layers(model: PreTrainedModel, count: int) -> list[torch.nn.Module]:
-    """The layers in order; none where they do not stand in one list."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            places = [{getattr(part, "layer_idx", None) for part in layer.modules()} - {None} for layer in module]
-            if places == [{place} for place in range(count)]:
-                return list(module)
-    return []
-
-
-@contextmanager
-def _instead(layer: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a layer do something else; on the object alone, for a while."""
-    own = layer.__dict__.get("forward")  # where another library has set one on the object
-    object.__setattr__(layer, "forward", forward)
-    try:
-        yield
-    finally:
-        object.__delattr__(layer, "forward")
-        if own is not None:
-            object.__setattr__(layer, "forward", own)
