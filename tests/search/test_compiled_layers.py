@@ -97,7 +97,7 @@ def test_a_compiler_that_fails_is_left_out(caplog):
     assert "no such compiler" in caplog.text
 
 
-def test_errors_of_the_model_itself_stay_errors():
+def test_errors_of_the_model_itself_stay_errors(caplog):
     model = tiny_model(num_hidden_layers=LAYERS)
     compiled = CompiledLayers(model, "eager")
 
@@ -107,6 +107,7 @@ def test_errors_of_the_model_itself_stay_errors():
     for _ in range(2):
         with pytest.raises(ValueError, match="not a compiler's"):
             compiled.run(fail)
+    assert not [record for record in caplog.records if record.name == "moa"], "no compiler is blamed for it"
 
 
 @pytest.mark.gpu

@@ -48,6 +48,7 @@ class CompiledLayers:
         except Exception as error:  # compilers fail in many ways
             if not self._layers:
                 raise
+            result = forward()  # an error of the model's own comes again
             self._layers = []
             _LOG.warning("layers are not compiled, and measuring will be slower: %s: %s", type(error).__name__, error)
-            return forward()
+            return result
