@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 import moa
 from moa import cli
+from moa.cli.options import plans_of
 
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
 
@@ -71,6 +72,19 @@ def test_show_draws_spans_and_costs(plan_file, capsys):
     assert "0.250" in line
     assert "1.6 MB" in line  # 2 layers x 3 heads x 1024 tokens x 64 x 2 bytes, K and V
     assert "6.3 MB" in line
+
+
+def test_plans_of_one_file_name_go_by_their_paths(tmp_path):
+    paths = [tmp_path / name for name in ("short/plan.json", "long/plan.json", "other.json")]
+    for path, density in zip(paths, (0.25, 0.5, 0.75), strict=True):
+        moa.Plan.uniform(IDENTITY, density).save(path)
+    assert plans_of(paths) == {
+        f"MoA {tmp_path}/short/plan": moa.Plan.uniform(IDENTITY, 0.25),
+        f"MoA {tmp_path}/long/plan": moa.Plan.uniform(IDENTITY, 0.5),
+        "MoA other": moa.Plan.uniform(IDENTITY, 0.75),
+    }
+    assert list(plans_of(paths[:1])) == ["MoA plan"]
+    assert plans_of(None) == {}
 
 
 def test_convert_imports_the_published_format(tmp_path, capsys):

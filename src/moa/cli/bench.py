@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moa.cli.options import Device, DType, Quiet, densities_of, load, numbers_of, out
+from moa.cli.options import Device, DType, Quiet, densities_of, load, numbers_of, out, plans_of
 from moa.errors import InputError
 
 
@@ -83,7 +83,7 @@ def throughput(
         raise InputError(f"--against {against!r}: expected some of {', '.join(dense)}, uniform; or none")
     wanted = numbers_of(lengths, "--lengths") or ()
     rows = None if batch == "max" or ladder else (numbers_of(batch, "--batch") or (1,))[0]
-    plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
+    plans = plans_of(plan)
     densities = [] if plans else densities_of(density)
     if ladder and len(plans) + len(densities) != 1:
         raise InputError("--ladder takes one --plan or one --density")

@@ -17,6 +17,7 @@ from moa.cli.options import (
     load,
     numbers_of,
     out,
+    plans_of,
     weights_of,
 )
 from moa.errors import InfeasibleBudgetError, InputError
@@ -79,7 +80,7 @@ def evaluate(
         raise InputError(
             f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}; or none"
         )
-    plans = {path.stem: Plan.load(path) for path in plan or ()}
+    plans = plans_of(plan)
     losses = _losses(run_dir, mixture) if set(others) & set(baselines.NAMES) else {}
     identity = ModelIdentity.of(load_config(model))
     methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
@@ -96,7 +97,7 @@ def evaluate(
                     methods[label] = baselines.baseline(other, losses, identity, density)
                 except InfeasibleBudgetError as error:
                     out.print(f"{label} is left out: {error}", highlight=False)
-        methods[f"MoA {name}"] = rules
+        methods[name] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
     devices = device.split(",")

@@ -1,5 +1,7 @@
 """What several commands share: options, and how their values are read."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +66,16 @@ def weights_of(text: str) -> dict[str, float]:
     if not weights or min(weights.values()) <= 0:
         raise InputError(f"--mixture {text!r}: expected sources with weights above 0, such as {DEFAULT_MIXTURE}")
     return weights
+
+
+def plans_of(files: Sequence[Path] | None) -> dict[str, Any]:
+    """The `moa.plan.Plan` of each file, by what tables call it: by the file's name, or by its path where others have
+    that name."""
+    from moa.plan import Plan
+
+    found = files or ()
+    named = Counter(path.stem for path in found)
+    return {f"MoA {path.stem if named[path.stem] == 1 else path.with_suffix('')}": Plan.load(path) for path in found}
 
 
 def calibration_text(files: list[Path] | None, dataset: str | None) -> Any:

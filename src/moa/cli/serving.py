@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from moa.cli.bench import report
-from moa.cli.options import Model, densities_of, numbers_of
+from moa.cli.options import Model, densities_of, numbers_of, plans_of
 from moa.errors import InputError
 
 
@@ -44,7 +44,7 @@ def size(
     from moa.benchmark.shapes import SHAPES, weight_bytes
     from moa.benchmark.throughput import typical_plan
     from moa.models import load_config
-    from moa.plan import ModelIdentity, Plan
+    from moa.plan import ModelIdentity
     from moa.serving.deal import dealable
     from moa.serving.sizing import sizes, to_json, to_markdown
     from moa.serving.support import check_servable
@@ -56,7 +56,7 @@ def size(
     config = load_config(str(model)) if shape is None else SHAPES[shape]
     check_servable(config)
     identity = ModelIdentity.of(config)
-    plans = {f"MoA {path.stem}": Plan.load(path) for path in plan or ()}
+    plans = plans_of(plan)
     for rules in plans.values():
         rules.check_fits(identity)
     if not plans:
