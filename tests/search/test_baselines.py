@@ -6,7 +6,8 @@ import pytest
 from moa import ModelIdentity
 from moa.errors import InfeasibleBudgetError, InputError
 from moa.search.baselines import NAMES, baseline
-from moa.search.optimize import OptimizeConfig, optimize
+from moa.search.optimize import optimize
+from moa.search.rules import OptimizeConfig
 
 IDENTITY = ModelIdentity("llama", 4, 4, 8, 16, "0123456789abcdef")
 LENGTHS = (1024, 2048)

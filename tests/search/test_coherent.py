@@ -8,7 +8,8 @@ import pytest
 from moa.plan import ElasticRule
 from moa.search.coherent import CoherentLoss, candidates, improve
 from moa.search.exchange import Budget, exchange
-from moa.search.optimize import OptimizeConfig, RuleGrid, Rules, optimize
+from moa.search.optimize import optimize
+from moa.search.rules import OptimizeConfig, RuleGrid, Rules
 from moa.search.tables import BLOCK, SINK, window_count
 
 N = 1024

@@ -5,7 +5,7 @@ import pytest
 
 from moa.search.descend import LEAST_EVALUATIONS, descend, ladder
 from moa.search.exchange import Budget
-from moa.search.optimize import OptimizeConfig, RuleGrid, Rules
+from moa.search.rules import OptimizeConfig, RuleGrid, Rules
 
 LENGTHS = (2048, 4096, 8192)
 SHAPE = (6, 2)

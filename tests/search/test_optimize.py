@@ -11,7 +11,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from moa.errors import InfeasibleBudgetError, InputError
 from moa.plan import ElasticRule, elastic_spans
-from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
+from moa.search.optimize import ParetoPlan, optimize
+from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.tables import BLOCK, SHORTEST, window_count
 
 SMALL_GRID = RuleGrid(

@@ -11,8 +11,9 @@ from moa.search import refine as stage
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.divergence import Divergence
 from moa.search.items import CalibrationItem, CalibrationSet
-from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
+from moa.search.optimize import optimize
 from moa.search.refine import refine
+from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.tables import window_count
 from moa.search.text import default_text
 

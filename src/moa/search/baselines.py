@@ -8,7 +8,8 @@ import numpy as np
 
 from moa.errors import InfeasibleBudgetError, InputError
 from moa.plan import ModelIdentity, Plan
-from moa.search.optimize import OptimizeConfig, RuleGrid, optimize
+from moa.search.optimize import optimize
+from moa.search.rules import OptimizeConfig, RuleGrid
 
 # grids of which the best is taken, the one with the cheapest rule first, and rules in a layer
 _KINDS = {

@@ -16,8 +16,9 @@ from moa.errors import InfeasibleBudgetError
 from moa.plan import ElasticRule
 from moa.progress import SILENT, Progress
 from moa.search.exchange import Budget, exchange
-from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, Rules, optimize
+from moa.search.optimize import ParetoPlan, optimize
 from moa.search.profile import mean_losses
+from moa.search.rules import OptimizeConfig, RuleGrid, Rules
 
 _SWEEPS = 40
 _LEAST_GAIN = 1e-3  # of the loss
@@ -104,7 +105,7 @@ def candidates(
     starts = [*found, *optimize(losses, replace(config, grid=ends, points=1))]
     numbers = [rules.numbers(start.alpha, start.beta) for start in starts]
     best = improve(numbers, CoherentLoss(items, weights, rules), Budget(rules, config), progress)
-    return [*found, rules.plan(best, losses, None)]
+    return [*found, ParetoPlan.of(rules, best, losses)]
 
 
 def improve(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moa.search.assignment import AssignmentProblem, assign
-from moa.search.optimize import OptimizeConfig, Rules, largest_total
+from moa.search.rules import OptimizeConfig, Rules, largest_total
 
 _GAP = 0.002  # relative, of a step's program
 _LEAST = 1 / 8  # of what heads store on average

@@ -28,9 +28,10 @@ from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
-from moa.search.optimize import OptimizeConfig, ParetoPlan, RuleGrid, optimize
+from moa.search.optimize import ParetoPlan, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import SINKS, refine
+from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.run import Run
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
@@ -102,7 +103,7 @@ class BudgetConfig:
     rules_per_layer : int, optional
         At most so many distinct rules in a layer (the paper: 2).
     grid : str
-        "scaled", "paper", "proportional" or "binary"; see `moa.search.optimize.RuleGrid`.
+        "scaled", "paper", "proportional" or "binary"; see `moa.search.rules.RuleGrid`.
     points : int
         Cuts of each objective's range.
     evaluations : int, optional

@@ -30,7 +30,7 @@ from moa.search.descend import LEAST_EVALUATIONS, descend
 from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
 from moa.search.items import CalibrationSet
-from moa.search.optimize import OptimizeConfig, Rules
+from moa.search.rules import OptimizeConfig, Rules
 
 SINKS = (SINK, 16, 32, 64)  # tried, in tokens
 _SINK = 1 / 4  # of the shortest span that is worth measuring, at most
