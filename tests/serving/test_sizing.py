@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moa.benchmark.shapes import SHAPES
 from moa.cli import main
 from moa.errors import InputError, PlanError
 from moa.plan import ModelIdentity, Plan
@@ -88,6 +89,23 @@ def test_the_command_sizes_large_models_without_their_weights(tmp_path, capsys):
     assert 1.7 * dense < half < 2.1 * dense
     assert 3 * dense < quarter < 4.1 * dense
     assert target.with_suffix(".md").read_text(encoding="utf-8").count("| llama3-70b |") == 6
+
+
+def test_the_command_sizes_every_plan_of_one_file_name(tmp_path):
+    identity, target = ModelIdentity.of(SHAPES["llama-7b"]), tmp_path / "size.json"
+    paths = [tmp_path / folder / "plan.json" for folder in ("half", "quarter")]
+    for path, density in zip(paths, (0.5, 0.25), strict=True):
+        Plan.uniform(identity, density).save(path)
+    given = [part for path in paths for part in ("--plan", str(path))]
+    with pytest.raises(SystemExit) as end:
+        main(["size", "--shape", "llama-7b", *given, "--lengths", "8192", "--gpus", "1", "--json", str(target)])
+    assert not end.value.code
+    rows = json.loads(target.read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], round(row["density"], 2)) for row in rows] == [
+        ("dense", 1),
+        (f"MoA {tmp_path}/half/plan", 0.5),
+        (f"MoA {tmp_path}/quarter/plan", 0.25),
+    ]
 
 
 @pytest.mark.parametrize(
