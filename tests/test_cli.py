@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig
 import moa
 from moa import cli
 from moa.cli.options import plans_of
+from moa.evaluation.compare import Row
 
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
 
@@ -194,6 +196,31 @@ def test_eval_compares_and_writes_its_numbers(demo_plan, tmp_path, capsys):
     for text in (shown, target.with_suffix(".md").read_text()):
         assert "uniform 53.3 %" in text
         assert "7.37" in text  # MB
+
+
+def test_eval_goes_on_where_the_same_call_was_interrupted(demo_plan, tmp_path, monkeypatch):
+    """Of another plan in a file of the same name nothing is taken."""
+    target, plan = tmp_path / "table.json", tmp_path / "plan.json"
+    plan.write_text(demo_plan.read_text())
+    known_each = []
+
+    def measure(loaded, plans, config, progress, known, keep):
+        known_each.append(len(known))
+        keep([Row("MoA plan", 0.5, "passkey", 300, 1.0, 2, 0.0, (1.0, math.nan))])
+        if len(known_each) < 4:
+            raise KeyboardInterrupt
+        return known
+
+    monkeypatch.setattr("moa.evaluation.compare.evaluate", measure)
+    call = ("eval", "demo", "--plan", plan, "--lengths", 300, "--tasks", "passkey", "--quiet", "--json", target)
+    assert [bool(run(*call)), bool(run(*call))] == [True, True]
+    changed = json.loads(plan.read_text())
+    changed["sink"] += 1
+    plan.write_text(json.dumps(changed))
+    assert run(*call)
+    assert run(*call) == 0
+    assert known_each == [0, 1, 0, 1]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["plan.json", "table.json", "table.md"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from moa.errors import InputError, PlanError
 from moa.evaluation.compare import (
     TASKS,
     EvaluateConfig,
+    Measures,
     Row,
     device_info,
     effective_length,
@@ -23,6 +25,7 @@ from moa.evaluation.compare import (
 )
 from moa.evaluation.devices import evaluate_on
 from moa.models import LoadedModel
+from moa.progress import SILENT
 from tiny_models import tiny_model
 
 CONFIG = EvaluateConfig((512, 448), items=1, tasks=TASKS, chunks=2, decode_steps=2)
@@ -129,6 +132,27 @@ def test_a_task_can_be_asked_for_at_one_length(loaded):
         evaluate(loaded, {"dense": None}, EvaluateConfig((320,), tasks=("needle@300",), decode_steps=0))
 
 
+def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
+    config = EvaluateConfig((256, 320), items=4, tasks=("needle", "perplexity"), chunks=1, decode_steps=0)
+    plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
+    kept, done = [], []
+
+    def keep(rows):
+        kept[:] = [Row.from_dict(json.loads(json.dumps(row.to_dict()))) for row in rows]
+        if len(rows) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(loaded, plans, config, keep=keep)
+    assert len(kept) == 5
+    of = Measures.of
+    monkeypatch.setattr(Measures, "of", lambda self, task, plan: done.append(task) or of(self, task, plan))
+    rows = evaluate(loaded, plans, config, known=kept)
+    assert len(rows) == 12
+    assert len(done) == 7, "the five are not measured again"
+    assert [row.to_dict() for row in rows] == [row.to_dict() for row in evaluate(loaded, plans, config)]
+
+
 @pytest.mark.slow
 def test_several_devices_measure_what_one_does(demo_model):
     config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity"), chunks=1, decode_steps=0)
@@ -139,11 +163,16 @@ def test_several_devices_measure_what_one_does(demo_model):
         (row.method, row.task, row.length, row.n) for row in alone
     ]
     assert [row.score for row in together] == pytest.approx([row.score for row in alone], rel=1e-4)
+    marked = [replace(row, score=-1.0) for row in together]
+    kept = []
+    assert [
+        row.score for row in evaluate_on(["cpu"], "demo", "float32", plans, config, SILENT, marked, kept.extend)
+    ] == [-1.0] * len(marked), "what is known is not measured again"
+    assert {(row.method, row.task) for row in kept} == {(row.method, row.task) for row in marked}
 
 
 def test_evaluation_items_share_nothing_with_calibration(loaded):
     """Neither text nor seeds: not a stretch of 12 tokens of real text is in both."""
-    from moa.evaluation.compare import Measures
     from moa.search.calibrate import CalibrateConfig, calibrate
     from moa.search.text import default_text
 

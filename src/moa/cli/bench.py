@@ -129,23 +129,14 @@ def report(
     """
     from rich.markdown import Markdown
 
-    from moa.files import check_writable, read_json, write_json, write_text
+    from moa.cli.partial import Partial
+    from moa.files import write_json, write_text
 
     command = {"command": "moa " + " ".join(sys.argv[1:])}
-    partial = None
-    left: dict[str, Any] = {}
-    if json:
-        check_writable(json)
-        partial = json.with_suffix(".partial.json")
-        left = read_json(partial) if partial.is_file() else {}
-
-    def keep(found: dict[str, Any]) -> None:
-        if partial:
-            write_json(partial, command | found)
-
-    result = command | run(left if left.get("command") == command["command"] else {}, keep)
+    partial = Partial(json, command)
+    result = command | run(partial.left, partial.keep)
     out.print(Markdown(to_markdown(result)))
-    if json and partial:
+    if json:
         write_json(json, result)
         write_text(json.with_suffix(".md"), to_markdown(result))
-        partial.unlink(missing_ok=True)
+        partial.finish()

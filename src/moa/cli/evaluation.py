@@ -1,6 +1,8 @@
 """`moa eval` and `moa lm-eval`."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,10 +53,15 @@ def evaluate(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Measure plans against dense attention and other plans: answers, bytes and speed in one table."""
+    """Measure plans against dense attention and other plans: answers, bytes and speed in one table.
+
+    With --json an interrupted call keeps what it measured, and the same call goes on from there.
+    """
+    from moa.cli.partial import Partial
     from moa.evaluation.compare import (
         TASKS,
         EvaluateConfig,
+        Row,
         device_info,
         effective_lengths,
         table,
@@ -101,10 +108,18 @@ def evaluate(
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
     devices = device.split(",")
+    command, machine = "moa " + " ".join(sys.argv[1:]), device_info(devices)
+    told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
+    partial = Partial(json, {"command": command, "device": machine, "model": asdict(identity), "methods": told})
+    known = [Row.from_dict(row) for row in partial.left.get("rows", ())]
+
+    def keep(rows: Sequence[Row]) -> None:
+        partial.keep({"rows": [row.to_dict() for row in rows]})
+
     if len(devices) > 1:
-        rows = evaluate_on(devices, model, dtype, methods, config, Progress(quiet))
+        rows = evaluate_on(devices, model, dtype, methods, config, Progress(quiet), known, keep)
     else:
-        rows = measure(load(model, dtype, device, quiet), methods, config, Progress(quiet))
+        rows = measure(load(model, dtype, device, quiet), methods, config, Progress(quiet), known, keep)
     out.print(table(rows))
     for found in effective_lengths(rows):
         reach = (
@@ -112,10 +127,9 @@ def evaluate(
         )
         out.print(f"{found['method']}: 0.9 of the passkeys found {reach}", highlight=False)
     if json:
-        command = "moa " + " ".join(sys.argv[1:])
-        machine = device_info(devices)
         write_json(json, to_json(rows, command, str(identity), machine))
         write_text(json.with_suffix(".md"), to_markdown(rows, command, machine))
+        partial.finish()
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
     if heat_map:
         from moa.report.heat_maps import heat_maps

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -120,9 +120,23 @@ class Row:
     stderr: float
     parts: tuple[float, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {**asdict(self), "parts": [None if math.isnan(part) else part for part in self.parts]}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Row":
+        """What `to_dict` wrote."""
+        return cls(**{**row, "parts": tuple(math.nan if part is None else part for part in row["parts"])})
+
 
 def evaluate(
-    loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig, progress: Progress = SILENT
+    loaded: LoadedModel,
+    plans: Mapping[str, Plan | None],
+    config: EvaluateConfig,
+    progress: Progress = SILENT,
+    known: Sequence[Row] = (),
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """Measure several plans on the same prompts and texts.
 
@@ -130,6 +144,10 @@ def evaluate(
     ----------
     plans : mapping from a method's name to its plan
         None stands for the model as it is, with transformers' own cache.
+    known : sequence of Row
+        What an interrupted call has kept; not measured again.
+    keep : callable
+        Called with all rows so far whenever there are more.
 
     Returns
     -------
@@ -143,7 +161,7 @@ def evaluate(
     PlanError
         If a plan does not fit the model.
     """
-    return measure(loaded, prepare(loaded, plans, config), plans, config, progress)
+    return measure(loaded, prepare(loaded, plans, config), plans, config, progress, known, keep)
 
 
 def prepare(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig) -> list["Measures"]:
@@ -158,15 +176,22 @@ def measure(
     plans: Mapping[str, Plan | None],
     config: EvaluateConfig,
     progress: Progress = SILENT,
+    known: Sequence[Row] = (),
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """What `evaluate` returns, for prompts and texts that are `prepare`d."""
+    have = {(row.method, row.task, row.length): row for row in known}
     rows = []
     work = [(at, task, name) for at in measures for task in (*config.tasks_at(at.length), KV_MB) for name in plans]
     for at, task, name in progress.track(work, "Evaluating"):
-        plan = plans[name]
-        values, parts = at.of(task, plan)
-        density = 1.0 if plan is None else plan.density(at.length)
-        rows.append(_row(name, density, task, at.length, values, parts))
+        row = have.get((name, task, at.length))
+        if row is None:
+            plan = plans[name]
+            values, parts = at.of(task, plan)
+            density = 1.0 if plan is None else plan.density(at.length)
+            row = _row(name, density, task, at.length, values, parts)
+        rows.append(row)
+        keep(rows)
     if config.decode_steps:
         longest = measures[-1]
         methods = [Method(name, plan) for name, plan in plans.items()]
@@ -230,7 +255,7 @@ def to_json(rows: Sequence[Row], command: str, model: str, device: Mapping[str, 
         "device": dict(device),
         "model": model,
         "effective_length": effective_lengths(rows),
-        "rows": [{**asdict(row), "parts": [None if math.isnan(part) else part for part in row.parts]} for row in rows],
+        "rows": [row.to_dict() for row in rows],
     }
 
 

@@ -2,7 +2,7 @@
 after another."""
 
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing.queues import Queue
@@ -23,6 +23,8 @@ def evaluate_on(
     plans: Mapping[str, Plan | None],
     config: EvaluateConfig,
     progress: Progress = SILENT,
+    known: Sequence[Row] = (),
+    keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> list[Row]:
     """What `moa.evaluation.compare.evaluate` returns, measured on several devices at once.
 
@@ -32,6 +34,8 @@ def evaluate_on(
         Such as ``cuda:0``, ``cuda:1``; alike, where speed is measured.
     model, dtype : str
         As for `moa.models.load_model`.
+    known, keep
+        As for `evaluate`; rows are kept when all of a method's at one length are there.
 
     Raises
     ------
@@ -44,13 +48,12 @@ def evaluate_on(
         free.put(device)
     with ProcessPoolExecutor(len(devices), context, _start, (free, model, dtype, dict(plans), config)) as pool:
         longest_first = reversed(range(len(set(config.lengths))))
-        waiting = [pool.submit(_measure, name, at) for at in longest_first for name in plans]
+        waiting = [pool.submit(_measure, name, at, tuple(known)) for at in longest_first for name in plans]
+        rows: list[Row] = []
         try:
-            rows = [
-                row
-                for done in progress.track(as_completed(waiting), "Evaluating", len(waiting))
-                for row in done.result()
-            ]
+            for done in progress.track(as_completed(waiting), "Evaluating", len(waiting)):
+                rows += done.result()
+                keep(rows)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -64,7 +67,7 @@ def _start(
     _worker = free.get(), model, dtype, plans, config
 
 
-def _measure(name: str, at: int) -> list[Row]:
+def _measure(name: str, at: int, known: Sequence[Row]) -> list[Row]:
     """The rows of one method, at the length that is number ``at``."""
     global _worker
     if len(_worker) == 5:  # here, since what an initialiser raises does not reach the caller
@@ -74,4 +77,4 @@ def _measure(name: str, at: int) -> list[Row]:
     loaded, measures, plans, config = _worker
     if at < len(measures) - 1:  # speed belongs to the longest
         config = replace(config, decode_steps=0)
-    return measure(loaded, measures[at : at + 1], {name: plans[name]}, config)
+    return measure(loaded, measures[at : at + 1], {name: plans[name]}, config, known=known)
