@@ -112,9 +112,11 @@ def evaluate(
     told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
     partial = Partial(json, {"command": command, "device": machine, "model": asdict(identity), "methods": told})
     known = [Row.from_dict(row) for row in partial.left.get("rows", ())]
+    have = {(row.method, row.task, row.length): row.to_dict() for row in known}
 
     def keep(rows: Sequence[Row]) -> None:
-        partial.keep({"rows": [row.to_dict() for row in rows]})
+        have.update({(row.method, row.task, row.length): row.to_dict() for row in rows})
+        partial.keep({"rows": list(have.values())})
 
     if len(devices) > 1:
         rows = evaluate_on(devices, model, dtype, methods, config, Progress(quiet), known, keep)
