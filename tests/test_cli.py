@@ -198,6 +198,12 @@ def test_eval_compares_and_writes_its_numbers(demo_plan, tmp_path, capsys):
         assert "7.37" in text  # MB
 
 
+def test_eval_refuses_a_device_that_is_not_there(capsys, monkeypatch):
+    """On a machine with a GPU, too, whose name goes into the result."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "'nowhere' cannot be used here" in complaint(capsys, "eval", "demo", "--device", "cpu,nowhere")
+
+
 def test_eval_goes_on_where_the_same_call_was_interrupted(demo_plan, tmp_path, monkeypatch):
     """Of another plan in a file of the same name nothing is taken."""
     target, plan = tmp_path / "table.json", tmp_path / "plan.json"

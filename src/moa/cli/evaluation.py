@@ -71,7 +71,7 @@ def evaluate(
     from moa.evaluation.compare import evaluate as measure
     from moa.evaluation.devices import evaluate_on
     from moa.files import check_writable, write_json, write_text
-    from moa.models import load_config
+    from moa.models import load_config, pick_device
     from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
     from moa.search import baselines
@@ -108,6 +108,8 @@ def evaluate(
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
     devices = device.split(",")
+    for each in devices:
+        pick_device(each)  # the machine is described by them
     command, machine = "moa " + " ".join(sys.argv[1:]), device_info(devices)
     told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
     partial = Partial(json, {"command": command, "device": machine, "model": asdict(identity), "methods": told})
