@@ -205,7 +205,7 @@ def test_eval_refuses_a_device_that_is_not_there(capsys, monkeypatch):
 
 
 def test_eval_goes_on_where_the_same_call_was_interrupted(demo_plan, tmp_path, monkeypatch):
-    """Of another plan in a file of the same name nothing is taken."""
+    """Nothing is taken of another plan in a file of the same name, nor of rows that another version wrote."""
     target, plan = tmp_path / "table.json", tmp_path / "plan.json"
     plan.write_text(demo_plan.read_text())
     known_each = []
@@ -214,19 +214,23 @@ def test_eval_goes_on_where_the_same_call_was_interrupted(demo_plan, tmp_path, m
         """Each call has one more row, and does not repeat the others."""
         known_each.append(len(known))
         keep([Row("MoA plan", 0.5, "passkey", 300 + len(known), 1.0, 2, 0.0, (1.0, math.nan))])
-        if len(known_each) < 5:
+        if len(known_each) < 6:
             raise KeyboardInterrupt
         return known
 
     monkeypatch.setattr("moa.evaluation.compare.evaluate", measure)
     call = ("eval", "demo", "--plan", plan, "--lengths", 300, "--tasks", "passkey", "--quiet", "--json", target)
     assert all(run(*call) for _ in range(3))
+    left = json.loads(target.with_suffix(".partial.json").read_text())
+    older = {"columns": left["columns"][:-1], "rows": [{"method": "MoA plan", "score": 1.0}]}
+    target.with_suffix(".partial.json").write_text(json.dumps(left | older))
+    assert run(*call)
     changed = json.loads(plan.read_text())
     changed["sink"] += 1
     plan.write_text(json.dumps(changed))
     assert run(*call)
     assert run(*call) == 0
-    assert known_each == [0, 1, 2, 0, 1]
+    assert known_each == [0, 1, 2, 0, 0, 1]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["plan.json", "table.json", "table.md"]
 
 

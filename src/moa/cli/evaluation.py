@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +112,8 @@ def evaluate(
         pick_device(each)  # the machine is described by them
     command, machine = "moa " + " ".join(sys.argv[1:]), device_info(devices)
     told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
-    partial = Partial(json, {"command": command, "device": machine, "model": asdict(identity), "methods": told})
+    made_with = {"command": command, "device": machine, "model": asdict(identity), "methods": told}
+    partial = Partial(json, {**made_with, "columns": [column.name for column in fields(Row)]})
     known = [Row.from_dict(row) for row in partial.left.get("rows", ())]
     have = {(row.method, row.task, row.length): row.to_dict() for row in known}
 
