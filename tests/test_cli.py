@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 import moa
 from moa import cli
 from moa.cli.options import plans_of
-from moa.evaluation.compare import Row
+from moa.evaluation.rows import Row
 
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
 

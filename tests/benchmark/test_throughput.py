@@ -218,7 +218,7 @@ def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, m
     monkeypatch.setattr("moa.benchmark.shapes.random_model", lambda *_: loaded)
     codes = []
     for steps_now, gpu_now in (("1", "this"), (steps, gpu)):
-        monkeypatch.setattr("moa.evaluation.compare.device_info", lambda _, gpu=gpu_now: {"gpu": gpu})
+        monkeypatch.setattr("moa.machine.device_info", lambda _, gpu=gpu_now: {"gpu": gpu})
         arguments = ["bench", "throughput", "--shape", "llama-7b", "--steps", steps_now, "--json", "speed.json"]
         monkeypatch.setattr("sys.argv", ["moa", *arguments])
         with pytest.raises(SystemExit) as end:

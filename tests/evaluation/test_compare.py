@@ -1,42 +1,25 @@
-"""The evaluation table: the same numbers for the same plan, real bytes, and nothing lost on the way to a file."""
+"""The evaluation: the same numbers for the same plan, real bytes, and nothing lost by an interruption."""
 
-import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from moa import ModelIdentity, Plan
 from moa.errors import InputError, PlanError
 from moa.evaluation.compare import (
-    TASKS,
     EvaluateConfig,
     Measures,
-    Row,
-    device_info,
-    effective_length,
-    effective_lengths,
     evaluate,
-    table,
-    to_json,
-    to_markdown,
 )
 from moa.evaluation.devices import evaluate_on
+from moa.evaluation.rows import TASKS, Row
 from moa.models import LoadedModel
 from moa.progress import SILENT
 from tiny_models import tiny_model
 
 CONFIG = EvaluateConfig((512, 448), items=1, tasks=TASKS, chunks=2, decode_steps=2)
-ROWS = [
-    Row("dense", 1.0, "kv_mb", 2048, 94.37184, 1, 0.0),
-    Row("dense", 1.0, "passkey", 2048, 0.95, 20, 0.05, (1.0, 0.75, math.nan, 1.0, 1.0)),
-    Row("dense", 1.0, "perplexity", 2048, 35.25, 4, 0.5),
-    Row("dense", 1.0, "tokens_per_s", 2048, 15.5, 5, 0.1),
-    Row("MoA half", 0.5, "kv_mb", 2048, 47.18592, 1, 0.0),
-    Row("MoA half", 0.5, "passkey", 2048, 0.85, 20, 0.08),
-]
 
 
 @pytest.fixture(scope="module")
@@ -97,25 +80,6 @@ def test_bytes_are_those_in_the_cache(rows):
         assert dense.score == full.score == expected
         assert half.score == pytest.approx(half.density * expected)
         assert half.density == pytest.approx(0.5, abs=0.1)
-
-
-def test_the_effective_length_ends_at_the_first_failure():
-    rows = [
-        Row("m", 0.5, "passkey", n, score, 20, 0.0) for n, score in [(8, 1.0), (2, 0.95), (4, 0.9), (16, 0.8), (32, 1)]
-    ]
-    assert effective_length(rows, "m") == 8
-    assert effective_length(rows, "m", share=0.95) == 2
-    assert effective_length(rows, "other") == 0
-
-
-def test_effective_lengths_come_with_the_mean_span():
-    rows = [Row("a", 0.25, "passkey", n, score, 20, 0.0) for n, score in [(4096, 1.0), (2048, 0.95), (8192, 0.8)]]
-    rows += [Row("b", 0.5, "passkey", 2048, 0.1, 20, 0.0), Row("c", 0.5, "perplexity", 2048, 12.0, 4, 0.0)]
-    assert effective_lengths(rows) == [
-        {"method": "a", "length": 4096, "mean_span": 1024},
-        {"method": "b", "length": 0, "mean_span": 0},
-    ]
-    assert "a 4,096 tokens with 1,024 stored (4.0 x)" in to_markdown(rows, "moa eval", {})
 
 
 def test_a_task_can_be_asked_for_at_one_length(loaded):
@@ -201,35 +165,6 @@ def test_the_model_is_left_as_it_was(loaded, rows):
 def test_only_the_asked_tasks_are_measured(loaded):
     rows = evaluate(loaded, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), chunks=1, decode_steps=0))
     assert [row.task for row in rows] == ["perplexity", "kv_mb"]
-
-
-def test_json_and_markdown_hold_the_numbers_the_command_and_the_machine(loaded):
-    machine = device_info(["cpu"])
-    assert {"platform", "cpu", "cores", "torch", "transformers"} <= machine.keys()
-    written = json.loads(json.dumps(to_json(ROWS, "moa eval demo", "llama", machine), allow_nan=False))
-    assert [(row["method"], row["task"], row["score"]) for row in written["rows"]] == [
-        (row.method, row.task, row.score) for row in ROWS
-    ]
-    assert written["rows"][1]["parts"] == [1.0, 0.75, None, 1.0, 1.0]
-    assert (written["command"], written["model"]) == ("moa eval demo", "llama")
-    assert written["device"]["torch"] == machine["torch"]
-    markdown = to_markdown(ROWS, "moa eval demo", machine)
-    lines = markdown.splitlines()
-    assert len({line.count("|") for line in lines[:4]}) == 1
-    for number in ("1.000", "94.37", "0.95", "35.25", "15.5"):
-        assert number in lines[2]
-    for number in ("0.500", "47.19", "0.85"):
-        assert number in lines[3]
-    assert "moa eval demo" in markdown
-    assert machine["torch"] in markdown
-
-
-def test_the_table_fits_a_terminal():
-    terminal = Console(file=io.StringIO(), width=80)
-    terminal.print(table(ROWS))
-    shown = terminal.file.getvalue()
-    for number in ("MoA half", "0.500", "47.19", "35.25"):
-        assert number in shown
 
 
 @pytest.mark.parametrize(

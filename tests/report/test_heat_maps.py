@@ -5,7 +5,7 @@ import math
 import pytest
 
 from moa.errors import InputError
-from moa.evaluation.compare import Row
+from moa.evaluation.rows import Row
 from moa.report.heat_maps import heat_maps
 
 ROWS = [

@@ -11,11 +11,12 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from moa.evaluation.compare import Row, to_json, to_markdown
+from moa.evaluation.rows import Row
 from moa.evaluation.tasks import RETRIEVAL, score
 from moa.evaluation.text import default_evaluation_text
 from moa.files import write_json, write_text
 from moa.models import load_model
+from moa.report.tables import to_json, to_markdown
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -68,7 +68,7 @@ def throughput(
     from moa.benchmark.throughput import bench_throughput as measure
     from moa.benchmark.throughput import check_searches, to_markdown, typical_plan
     from moa.benchmark.throughput import ladder as rungs
-    from moa.evaluation.compare import device_info
+    from moa.machine import device_info
     from moa.models import pick_device, pick_dtype
     from moa.plan import Plan
     from moa.progress import Progress

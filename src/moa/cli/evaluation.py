@@ -58,22 +58,16 @@ def evaluate(
     With --json an interrupted call keeps what it measured, and the same call goes on from there.
     """
     from moa.cli.partial import Partial
-    from moa.evaluation.compare import (
-        TASKS,
-        EvaluateConfig,
-        Row,
-        device_info,
-        effective_lengths,
-        table,
-        to_json,
-        to_markdown,
-    )
+    from moa.evaluation.compare import EvaluateConfig
     from moa.evaluation.compare import evaluate as measure
     from moa.evaluation.devices import evaluate_on
+    from moa.evaluation.rows import TASKS, Row, effective_lengths
     from moa.files import check_writable, write_json, write_text
+    from moa.machine import device_info
     from moa.models import load_config, pick_device
     from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
+    from moa.report.tables import table, to_json, to_markdown
     from moa.search import baselines
 
     for path in (json, heat_map):

@@ -1,21 +1,14 @@
-"""The table of `moa eval`: what plans cost in quality and give in memory and speed, beside the dense model."""
+"""The evaluation: what plans cost in quality and give in memory and speed, beside the dense model."""
 
 import math
-import os
-import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from rich import box
-from rich.table import Table
 from transformers import DynamicCache
 
 from moa.benchmark.decoding import ROUNDS, Method, decode_in_turn, kv_bytes
@@ -23,6 +16,7 @@ from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
 from moa.evaluation.likelihood import answer_log_probs, divergences, logits_at, text_chunks, text_losses
+from moa.evaluation.rows import ANSWER_KL, ANSWER_PERPLEXITY, KV_MB, PERPLEXITY, SPEED, TASKS, Row
 from moa.evaluation.tasks import RETRIEVAL, TaskItem
 from moa.evaluation.text import default_evaluation_text
 from moa.models import LoadedModel
@@ -32,13 +26,6 @@ from moa.runtime import apply
 from moa.search.calibrate import RETRIEVAL as RETRIEVAL_ANSWERS
 from moa.search.calibrate import SUMMARY, CalibrateConfig, calibrate
 from moa.search.items import CalibrationItem
-
-PERPLEXITY = "perplexity"
-ANSWER_PERPLEXITY = "answer_perplexity"
-ANSWER_KL = "answer_kl"
-KV_MB = "kv_mb"
-SPEED = "tokens_per_s"
-TASKS = (*RETRIEVAL, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL)
 
 # Prompts of one length are answered together, up to this many tokens; on a GPU no more than half of its free memory
 # takes, at a token's keys and values and so many times its hidden state.
@@ -81,53 +68,6 @@ class EvaluateConfig:
         """The tasks that are measured at one of the lengths."""
         split = (task.partition("@") for task in self.tasks)
         return tuple(task for task, at, only in split if not at or only == str(length))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One number: a method, at one length, in one task.
-
-    Attributes
-    ----------
-    method : str
-        A plan's name, or the dense model's.
-    density : float
-        Stored over all KV tokens at this length, by the plan.
-    task : str
-        Of `TASKS`, or ``kv_mb`` or ``tokens_per_s``.
-    length : int
-        N, tokens.
-    score : float
-        Retrieval: share of right answers. ``perplexity``: of held-out text. ``answer_perplexity``: of answers that the
-        dense model wrote; ``answer_kl``: Kullback-Leibler divergence from the dense model there, nats a token.
-        ``kv_mb``: keys and values of one sequence, measured in the cache, 1e6 bytes. ``tokens_per_s``: decoding one
-        sequence near the end of N tokens.
-    n : int
-        Items measured.
-    stderr : float
-        Standard error of the score over the items.
-    parts : tuple of float
-        Retrieval: the score by depth of what was asked for; perplexity: by position in the text; each in fifths, first
-        to last. NaN where there was none.
-    """
-
-    method: str
-    density: float
-    task: str
-    length: int
-    score: float
-    n: int
-    stderr: float
-    parts: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {**asdict(self), "parts": [None if math.isnan(part) else part for part in self.parts]}
-
-    @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> "Row":
-        """What `to_dict` wrote."""
-        return cls(**{**row, "parts": tuple(math.nan if part is None else part for part in row["parts"])})
 
 
 def evaluate(
@@ -200,126 +140,6 @@ def measure(
             density = 1.0 if plan is None else plan.density(longest.length)
             rows.append(_row(name, density, SPEED, longest.length, [1 / second for second in seconds], ()))
     return rows
-
-
-def effective_length(rows: Sequence[Row], method: str, task: str = "passkey", share: float = 0.9) -> int:
-    """The longest length up to which, without a gap, a method scores at least ``share``; 0 if there is none."""
-    longest = 0
-    for row in sorted((row for row in rows if row.method == method and row.task == task), key=lambda row: row.length):
-        if row.score < share:
-            break
-        longest = row.length
-    return longest
-
-
-def effective_lengths(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Effective context length of each method for passkeys, beside the mean span there: method, length, mean_span."""
-    found = []
-    for method in dict.fromkeys(row.method for row in rows if row.task == "passkey"):
-        length = effective_length(rows, method)
-        density = next((row.density for row in rows if (row.method, row.length) == (method, length)), 0.0)
-        found.append({"method": method, "length": length, "mean_span": round(density * length)})
-    return found
-
-
-def in_order(rows: Iterable[Row], methods: Sequence[str]) -> list[Row]:
-    """Rows measured method by method, as `evaluate` returns them."""
-    tasks = [*TASKS, KV_MB]
-    order = {method: index for index, method in enumerate(methods)}
-    return sorted(
-        rows,
-        key=lambda row: (
-            (math.inf, 0) if row.task == SPEED else (row.length, tasks.index(row.task)),
-            order[row.method],
-        ),
-    )
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table for the terminal: a line for each method and length, a column for each task."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    headings, lines = _pivot(rows)
-    for heading in headings:
-        method = heading == "method"
-        shown.add_column(heading, justify="left" if method else "right", no_wrap=method)
-    for line, following in pairwise([*lines, None]):
-        assert line is not None
-        shown.add_row(*line, end_section=following is not None and following[1] != line[1])
-    return shown
-
-
-def to_json(rows: Sequence[Row], command: str, model: str, device: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows with the command, the model and the machine that made them, ready for `moa.files.write_json`."""
-    return {
-        "command": command,
-        "device": dict(device),
-        "model": model,
-        "effective_length": effective_lengths(rows),
-        "rows": [row.to_dict() for row in rows],
-    }
-
-
-def to_markdown(rows: Sequence[Row], command: str, device: Mapping[str, Any]) -> str:
-    """The rows as a Markdown table, with the command and the machine below it."""
-    headings, lines = _pivot(rows)
-    ruler = ["---" if heading == "method" else "---:" for heading in headings]
-    text = ["| " + " | ".join(cells) + " |" for cells in (headings, ruler, *lines)]
-    effective = [
-        f"{found['method']} {found['length']:,} tokens with {found['mean_span']:,} stored ({_times(found)})"
-        for found in effective_lengths(rows)
-        if found["length"]
-    ]
-    if effective:
-        text += ["", f"Effective context length (passkey at least 0.9 up to there): {'; '.join(effective)}."]
-    machine = ", ".join(f"{key} {value}" for key, value in device.items())
-    return "\n".join([*text, "", f"Made by `{command}` on {machine}.", ""])
-
-
-def _times(found: Mapping[str, Any]) -> str:
-    return f"{found['length'] / max(1, found['mean_span']):.1f} x"
-
-
-def device_info(devices: Sequence[str]) -> dict[str, Any]:
-    """What a measured number depends on besides the code; ``devices`` as for `moa.models.load_model`."""
-    info: dict[str, Any] = {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if torch.cuda.is_available() and "cpu" not in devices:
-        names = [torch.cuda.get_device_name("cuda" if device == "auto" else device) for device in devices]
-        info["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    return info
-
-
-_FORMATS = {
-    KV_MB: ("KV MB", ".2f"),
-    PERPLEXITY: ("ppl", ".2f"),
-    ANSWER_PERPLEXITY: ("answer ppl", ".3f"),
-    ANSWER_KL: ("KL", ".4f"),
-    SPEED: ("tok/s", ".1f"),
-}
-
-
-def _pivot(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of a table with a line for each method and length."""
-    tasks = sorted({row.task for row in rows}, key=[KV_MB, *TASKS, SPEED].index)
-    cells = {(row.length, row.method, row.task): row for row in rows}
-    methods = {(row.length, row.method): row.density for row in rows}
-    lines = []
-    for length in sorted({row.length for row in rows}):
-        for (at, method), density in methods.items():
-            if at == length:
-                found = [cells.get((length, method, task)) for task in tasks]
-                shown = [
-                    "" if row is None else format(row.score, _FORMATS.get(row.task, ("", ".2f"))[1]) for row in found
-                ]
-                lines.append([method, str(length), f"{density:.3f}", *shown])
-    return ["method", "N", "density", *(_FORMATS.get(task, (task, ""))[0] for task in tasks)], lines
 
 
 def _row(name: str, density: float, task: str, length: int, values: Sequence[float], parts: tuple[float, ...]) -> Row:
@@ -457,12 +277,3 @@ def _kv_bytes(loaded: LoadedModel, plan: Plan | None, ids: np.ndarray) -> int:
     with _in_force(loaded, plan):
         _prefill(loaded, ids, cache)
     return kv_bytes(cache)
-
-
-def _cpu_name() -> str:
-    try:
-        described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name"))
-    return next(names, platform.processor())

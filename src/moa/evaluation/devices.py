@@ -8,7 +8,8 @@ from dataclasses import replace
 from multiprocessing.queues import Queue
 from typing import Any
 
-from moa.evaluation.compare import EvaluateConfig, Row, in_order, measure, prepare
+from moa.evaluation.compare import EvaluateConfig, measure, prepare
+from moa.evaluation.rows import Row, in_order
 from moa.models import load_model
 from moa.plan import Plan
 from moa.progress import SILENT, Progress

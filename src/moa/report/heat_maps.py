@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moa.errors import InputError
-from moa.evaluation.compare import Row
+from moa.evaluation.rows import Row
 from moa.evaluation.tasks import RETRIEVAL
 from moa.files import write_atomically
 

@@ -1,0 +1,67 @@
+"""Tables of an evaluation: nothing is lost on the way to a terminal or a file."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from moa.evaluation.rows import Row
+from moa.machine import device_info
+from moa.report.tables import table, to_json, to_markdown
+
+ROWS = [
+    Row("dense", 1.0, "kv_mb", 2048, 94.37184, 1, 0.0),
+    Row("dense", 1.0, "passkey", 2048, 0.95, 20, 0.05, (1.0, 0.75, math.nan, 1.0, 1.0)),
+    Row("dense", 1.0, "needle", 2048, 0.55, 20, 0.05, (1.0, 0.75, 0.5, 0.25, 0.25)),
+    Row("dense", 1.0, "perplexity", 2048, 35.25, 4, 0.5),
+    Row("dense", 1.0, "tokens_per_s", 2048, 15.5, 5, 0.1),
+    Row("MoA half", 0.5, "kv_mb", 2048, 47.18592, 1, 0.0),
+    Row("MoA half", 0.5, "passkey", 2048, 0.85, 20, 0.08),
+]
+
+
+def test_json_and_markdown_hold_the_numbers_the_command_and_the_machine():
+    machine = device_info(["cpu"])
+    assert {"platform", "cpu", "cores", "torch", "transformers"} <= machine.keys()
+    written = json.loads(json.dumps(to_json(ROWS, "moa eval demo", "llama", machine), allow_nan=False))
+    assert [(row["method"], row["task"], row["score"]) for row in written["rows"]] == [
+        (row.method, row.task, row.score) for row in ROWS
+    ]
+    assert written["rows"][1]["parts"] == [1.0, 0.75, None, 1.0, 1.0]
+    (mean,) = written["retrieval"]
+    assert (mean["method"], mean["score"]) == ("dense", pytest.approx(0.75))
+    assert (written["command"], written["model"]) == ("moa eval demo", "llama")
+    assert written["device"]["torch"] == machine["torch"]
+    markdown = to_markdown(ROWS, "moa eval demo", machine)
+    lines = markdown.splitlines()
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    for number in ("1.000", "94.37", "0.95", "35.25", "15.5"):
+        assert number in lines[2]
+    for number in ("0.500", "47.19", "0.85"):
+        assert number in lines[3]
+    assert "moa eval demo" in markdown
+    assert machine["torch"] in markdown
+
+
+def test_the_table_fits_a_terminal():
+    terminal = Console(file=io.StringIO(), width=80)
+    terminal.print(table(ROWS))
+    shown = terminal.file.getvalue()
+    for number in ("MoA half", "0.500", "47.19", "35.25"):
+        assert number in shown
+
+
+def test_effective_lengths_stand_below_the_table():
+    rows = [Row("a", 0.25, "passkey", n, score, 20, 0.0) for n, score in [(2048, 0.95), (4096, 1.0), (8192, 0.8)]]
+    assert "a 4,096 tokens with 1,024 stored (4.0 x)" in to_markdown(rows, "moa eval", {})
+
+
+def test_the_mean_stands_between_retrieval_tasks_and_perplexity():
+    headings, _, dense, half = to_markdown(ROWS, "moa eval", {}).splitlines()[:4]
+    names = [cell.strip() for cell in headings.split("|")[1:-1]]
+    assert names == ["method", "N", "density", "KV MB", "passkey", "needle", "retrieval", "ppl", "tok/s"]
+    mean = names.index("retrieval")
+    assert dense.split("|")[1:-1][mean].strip() == "0.750"
+    assert half.split("|")[1:-1][mean].strip() == "", "it has not all tasks"
