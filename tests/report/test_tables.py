@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from moa.evaluation.rows import Row
+from moa.evaluation.rows import TASKS, Row
 from moa.machine import device_info
 from moa.report.tables import table, to_json, to_markdown
 
@@ -51,6 +51,18 @@ def test_the_table_fits_a_terminal():
     shown = terminal.file.getvalue()
     for number in ("MoA half", "0.500", "47.19", "35.25"):
         assert number in shown
+
+
+def test_tables_of_all_tasks_are_whole_in_a_narrow_terminal():
+    measured = (*TASKS, "kv_mb", "tokens_per_s")
+    rows = [Row("binary-heads 25 %", 0.25, task, 16384, 0.5 + at / 100, 20, 0.0) for at, task in enumerate(measured)]
+    terminal = Console(file=io.StringIO(), width=80)
+    terminal.print(table(rows))
+    shown = terminal.file.getvalue()
+    numbers = [f"{row.score:.2f}" for row in rows[:-1]]  # speeds have one digit, and the mean three
+    for cell in ("binary-heads 25 %", "16384", "0.250", *numbers, "0.530", "0.6 "):
+        assert cell in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
 
 
 def test_effective_lengths_stand_below_the_table():

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from moa.evaluation.rows import (
@@ -31,16 +32,30 @@ _FORMATS = {
 _COLUMNS = (KV_MB, *RETRIEVAL, RETRIEVAL_MEAN, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL, SPEED)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table for the terminal: a line for each method and length, a column for each task.
+def table(rows: Sequence[Row]) -> RenderableType:
+    """The rows for the terminal: a line for each method and length, a column for each task.
 
-    And one for the mean over the retrieval tasks, where there are several.
+    Where there are several retrieval tasks, they have a table of their own, with their mean.
     """
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    if not retrieval_means(rows):
+        return _table(rows)
+    retrieval = [row for row in rows if row.task in RETRIEVAL]
+    others = [row for row in rows if row.task not in RETRIEVAL]
+    return Group(_table(retrieval), _table(others)) if others else _table(retrieval)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     headings, lines = _pivot(rows)
-    for heading in headings:
+    for heading, cells in zip(headings, zip(*lines, strict=True), strict=True):
         method = heading == "method"
-        shown.add_column(heading, justify="left" if method else "right", no_wrap=method)
+        shown.add_column(
+            heading,
+            justify="left" if method else "right",
+            no_wrap=method,
+            overflow="fold",  # where a terminal is narrow headings go on below, numbers stay whole
+            min_width=max(map(len, cells)),
+        )
     for line, following in pairwise([*lines, None]):
         assert line is not None
         shown.add_row(*line, end_section=following is not None and following[1] != line[1])
