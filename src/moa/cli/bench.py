@@ -1,7 +1,8 @@
 """`moa bench ...`: speed next to what people would otherwise use."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,8 +66,8 @@ def throughput(
 
     from moa.benchmark.decoding import DENSE_DYNAMIC, DENSE_STATIC, Method
     from moa.benchmark.shapes import SHAPES, random_model
+    from moa.benchmark.throughput import Row, check_searches, to_markdown, typical_plan
     from moa.benchmark.throughput import bench_throughput as measure
-    from moa.benchmark.throughput import check_searches, to_markdown, typical_plan
     from moa.benchmark.throughput import ladder as rungs
     from moa.machine import device_info
     from moa.models import pick_device, pick_dtype
@@ -108,24 +109,26 @@ def throughput(
         methods += [Method(name, rules) for name, rules in plans.items()]
 
     machine = {"device": device_info([device])}
+    told = {name: rules.to_dict() for name, rules in plans.items()}
+    columns = [column.name for column in fields(Row)]
 
     def run(left: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        known = left["rows"] if left.get("device") == machine["device"] else []
-        return machine | measure(
-            loaded, methods, wanted, rows, steps, Progress(quiet), known, lambda found: keep(machine | found)
-        )
+        known = left.get("rows", [])
+        return machine | measure(loaded, methods, wanted, rows, steps, Progress(quiet), known, keep)
 
-    report(json, to_markdown, run)
+    report(json, to_markdown, run, {**machine, "plans": told, "columns": columns})
 
 
 def report(
     json: Path | None,
     to_markdown: Callable[[dict[str, Any]], str],
     run: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]],
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Run a benchmark, print its table, and write both where ``json`` says.
 
-    ``run`` takes what an interrupted call of the same command has left (or nothing), and what keeps its own.
+    ``run`` takes what an interrupted call of the same command with the same ``settings`` has left (or nothing), and
+    what keeps its own.
     """
     from rich.markdown import Markdown
 
@@ -133,7 +136,7 @@ def report(
     from moa.files import write_json, write_text
 
     command = {"command": "moa " + " ".join(sys.argv[1:])}
-    partial = Partial(json, command)
+    partial = Partial(json, command | dict(settings or {}))
     result = command | run(partial.left, partial.keep)
     out.print(Markdown(to_markdown(result)))
     if json:
