@@ -203,6 +203,7 @@ def test_the_command_writes_its_table(tmp_path, demo_model):
         ("1", "another", {}, False),
         ("1", "this", {"columns": ["method"]}, False),
         ("1", "this", {"plans": {}}, False),
+        ("1", "this", {"model": {}}, False),
     ],
 )
 def test_the_command_takes_up_what_the_same_command_has_left(loaded, tmp_path, monkeypatch, steps, gpu, other, taken):

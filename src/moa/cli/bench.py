@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,14 +109,18 @@ def throughput(
         methods += [Method(name, rules) for name, rules in plans.items()]
 
     machine = {"device": device_info([device])}
-    told = {name: rules.to_dict() for name, rules in plans.items()}
-    columns = [column.name for column in fields(Row)]
+    settings = {
+        **machine,
+        "model": asdict(loaded.identity),
+        "plans": {name: rules.to_dict() for name, rules in plans.items()},
+        "columns": [column.name for column in fields(Row)],
+    }
 
     def run(left: dict[str, Any], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         known = left.get("rows", [])
         return machine | measure(loaded, methods, wanted, rows, steps, Progress(quiet), known, keep)
 
-    report(json, to_markdown, run, {**machine, "plans": told, "columns": columns})
+    report(json, to_markdown, run, settings)
 
 
 def report(

@@ -29,6 +29,7 @@ _FORMATS = {
     ANSWER_KL: ("KL", ".4f"),
     SPEED: ("tok/s", ".1f"),
 }
+_NAME = 20  # columns for a method; longer names go on below
 _COLUMNS = (KV_MB, *RETRIEVAL, RETRIEVAL_MEAN, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL, SPEED)
 
 
@@ -48,13 +49,13 @@ def _table(rows: Sequence[Row]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     headings, lines = _pivot(rows)
     for heading, cells in zip(headings, zip(*lines, strict=True), strict=True):
-        method = heading == "method"
+        method, longest = heading == "method", max(map(len, cells))
         shown.add_column(
             heading,
             justify="left" if method else "right",
-            no_wrap=method,
             overflow="fold",  # where a terminal is narrow headings go on below, numbers stay whole
-            min_width=max(map(len, cells)),
+            width=min(longest, _NAME) if method else None,
+            min_width=None if method else longest,
         )
     for line, following in pairwise([*lines, None]):
         assert line is not None
