@@ -8,11 +8,7 @@ import pytest
 
 from moa import ModelIdentity, Plan
 from moa.errors import InputError, PlanError
-from moa.evaluation.compare import (
-    EvaluateConfig,
-    Measures,
-    evaluate,
-)
+from moa.evaluation.compare import EvaluateConfig, Measures, evaluate
 from moa.evaluation.devices import evaluate_on
 from moa.evaluation.rows import TASKS, Row
 from moa.models import LoadedModel

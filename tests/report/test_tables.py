@@ -56,12 +56,12 @@ def test_the_table_fits_a_terminal():
 @pytest.mark.parametrize("name", ["MoA plan", "binary-heads 25 %", "MoA benchmarks/results/searched/25/plan"])
 def test_tables_of_all_tasks_are_whole_in_a_narrow_terminal(name):
     measured = (*TASKS, "kv_mb", "tokens_per_s")
-    rows = [Row(name, 0.25, task, 16384, 0.51 + at / 100, 20, 0.0) for at, task in enumerate(measured)]
+    rows = [Row(name, 0.25, task, 131072, 0.51 + at / 100, 20, 0.0) for at, task in enumerate(measured)]
     terminal = Console(file=io.StringIO(), width=80)
     terminal.print(table(rows))
-    numbers = [line for line in terminal.file.getvalue().splitlines() if "16384" in line]
+    numbers = [line for line in terminal.file.getvalue().splitlines() if "131072" in line]
     found = [f"{0.51 + at / 100:.2f}" for at in range(7)]
-    assert numbers[0].split()[-10:] == ["16384", "0.250", *found, "0.540"]
+    assert numbers[0].split()[-10:] == ["131072", "0.250", *found, "0.540"]
     assert numbers[1].split()[-5:] == ["0.61", "0.58", "0.590", "0.6000", "0.6"]
     assert all(word[:12] in terminal.file.getvalue() for word in name.split())
 

@@ -29,7 +29,7 @@ _FORMATS = {
     ANSWER_KL: ("KL", ".4f"),
     SPEED: ("tok/s", ".1f"),
 }
-_NAME = 20  # columns for a method; longer names go on below
+_NAME = 17  # columns for a method; longer names go on below
 _COLUMNS = (KV_MB, *RETRIEVAL, RETRIEVAL_MEAN, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL, SPEED)
 
 
