@@ -1,23 +1,52 @@
 #!/usr/bin/env bash
-# Plans for one model at one density, what they keep of the dense model, and baselines at the same density.
-# usage: accuracy.sh MODEL DENSITY FOLDER [moa search OPTION...]
-# Writes FOLDER/plan.json, accuracy.{json,md} and ladder.{json,md}; FOLDER/search is the run directory. Calls for several
-# densities share calibration and profile if FOLDER/search is copied from the first. DEVICE and LENGTHS may be set.
+# Accuracy of a model under plans: a search at each density, then the whole suite under these plans, next to the dense
+# model and baselines that store as much, in one table.
+# usage: accuracy.sh MODEL FOLDER RESULT [DENSITY...]     DENSITY in percent: 12.5, 25, 50, 75; all without it
+# FOLDER/25 and so on are the run directories, which share calibration and profile, FOLDER/25.json the plans. RESULT
+# is written as .json, .md and .png. May be set: DEVICE (several with commas share the evaluation, a search takes the
+# first), LENGTHS (of the suite), SHORT (those of them at which lines and JSON are asked for), ITEMS, SEARCH (options
+# for moa search), MIXTURE (for all densities). What is interrupted goes on where it was.
 set -euo pipefail
 if (($# < 3)); then
-  echo "usage: accuracy.sh MODEL DENSITY FOLDER [moa search OPTION...]" >&2
+  echo "usage: accuracy.sh MODEL FOLDER RESULT [DENSITY...]" >&2
   exit 1
 fi
-model=$1 density=$2 folder=$3
+model=$1 folder=$2 result=$3
 shift 3
-device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384}
-mkdir -p "$folder"
+device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT:-2048} items=${ITEMS:-100}
+# little text where much is stored anyway, and answers close to the dense model's instead
+declare -A mixtures=(
+  [12.5]=retrieval=1,text=2.5,summary=0.25
+  [25]=retrieval=1,text=3,summary=0.5
+  [50]=retrieval=1,text=1,summary=3
+  [75]=retrieval=1,text=1,summary=3
+)
+(($#)) || set -- 12.5 25 50 75
+for density in "$@"; do
+  if [[ ! -v mixtures[$density] ]]; then
+    echo "accuracy.sh: expected densities of 12.5, 25, 50 and 75, not $density" >&2
+    exit 1
+  fi
+done
 
-moa search "$model" --dtype bfloat16 --device "$device" --density "$density" --run-dir "$folder/search" \
-  --output "$folder/plan.json" "$@"
-evaluate() { # NAME AGAINST TASKS
-  moa eval "$model" --dtype bfloat16 --device "$device" --run-dir "$folder/search" --plan "$folder/plan.json" \
-    --against "$2" --tasks "$3" --lengths "$lengths" --items 100 --decode-steps 0 --json "$folder/$1.json"
-}
-evaluate accuracy dense passkey,needle,multikey,perplexity,answer_perplexity,answer_kl
-evaluate ladder uniform,binary-heads,per-layer,per-head passkey,needle,multikey,perplexity
+plans=() first=$folder/$1
+for density in "$@"; do
+  run=$folder/$density
+  if [[ ! -e $run && -e $first/profile/manifest.json ]]; then
+    mkdir -p "$run"
+    cp -r "$first/calibrate" "$first/profile" "$run"
+  fi
+  share=$(awk "BEGIN { print $density / 100 }")
+  # shellcheck disable=SC2086 # several words
+  moa search "$model" --dtype bfloat16 --device "${device%%,*}" --density "$share" --run-dir "$run" \
+    --mixture "${MIXTURE:-${mixtures[$density]}}" --output "$run.json" ${SEARCH:-}
+  plans+=(--plan "$run.json")
+done
+
+tasks=passkey,needle,multikey,multivalue,tracking,perplexity,answer_perplexity,answer_kl
+for length in ${short//,/ }; do
+  tasks+=,lines@$length,json@$length
+done
+moa eval "$model" --dtype bfloat16 --device "$device" --run-dir "$first" "${plans[@]}" \
+  --against dense,uniform,per-layer,binary-heads --tasks "$tasks" --lengths "$lengths" --items "$items" \
+  --decode-steps 0 --json "$result.json" --heat-map "$result.png"

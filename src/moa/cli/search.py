@@ -206,7 +206,11 @@ def validate(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Last stage: run every plan on held-out items and write the best one."""
+    """Last stage: run every plan on held-out items and write the best one.
+
+    Of plans that are no worse than the lowest loss by more than the standard error of the difference, that is the one
+    that the refine stage measured to lose least.
+    """
     from moa.files import check_writable
     from moa.search.pipeline import calibrated, refined, run_validate
 
@@ -218,10 +222,11 @@ def validate(
     plan, rows = run_validate(run, loaded, plans, calibration.validation, key, weights)
     plan.save(output)
     table = Table(title="Lost answers (retrieval), and divergence in nats a token")
-    for column in ("plan", "weighted", *rows[0].by_source):
+    for column in ("plan", "weighted", "error", *rows[0].by_source):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(str(row.plan), f"{row.loss:.4f}", *(f"{loss:.4f}" for loss in row.by_source.values()))
+        losses = row.loss, row.error, *row.by_source.values()
+        table.add_row(str(row.plan), *(f"{loss:.4f}" for loss in losses))
     out.print(table)
     _announce(plan, output)
 

@@ -10,6 +10,7 @@ Of several questions about a text the first counts as much as all the others tog
 that shows how the text says such things, and are easier to answer.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Protocol
@@ -27,6 +28,8 @@ from moa.search.compiled_layers import CompiledLayers
 from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.layer_outputs import LayerOutputs
 from moa.search.tables import SHORTEST
+
+ItemLosses = dict[tuple[int, str], np.ndarray]  # by length and source: float64 [items]
 
 MEASURE = "lost-first-answers"  # part of the keys of results: what was measured in another way is not that
 
@@ -74,26 +77,45 @@ class Divergence:
 
         Retrieval: `lost`, 0 to 1. Other sources: nats per token that carries loss.
         """
+        return means(self.by_item(plan))
+
+    def by_item(self, plan: Plan) -> "ItemLosses":
+        """Loss of each item, as in `by_source`."""
         run: _Pass = _run
         if self._base is not None:
             if plan == self._base:
                 run, self._kept = self._outputs.keep, True
             else:
                 if not self._kept:
-                    self.by_source(self._base)
+                    self.by_item(self._base)
                 run = partial(self._outputs.resume, shared=_shared_layers(plan, self._base))
-        found: dict[str, list[float]] = {}
+        found: ItemLosses = {}
         with apply(self._loaded.model, plan):
             for key, items in self._items.items.items():
                 answers = zip(items, self._dense[key], self._log_probs(key, run), strict=True)
                 loss = lost if key[1] == RETRIEVAL else _mean
-                losses = [loss(item, divergences(dense, other)) for item, dense, other in answers]
-                found.setdefault(key[1], []).append(float(np.mean(losses)))
-        return {source: float(np.mean(losses)) for source, losses in found.items()}
+                found[key] = np.array([loss(item, divergences(dense, other)) for item, dense, other in answers])
+        return found
 
     def total(self, by_source: Mapping[str, float]) -> float:
         """The weighted sum; the sum of the weights when every head has that span."""
-        return sum(self._weights[source] * loss / max(self._unit[source], 1e-12) for source, loss in by_source.items())
+        return sum(self._weight(source) * loss for source, loss in by_source.items())
+
+    def _weight(self, source: str) -> float:
+        return self._weights[source] / max(self._unit[source], 1e-12)
+
+    def error(self, losses: ItemLosses, others: ItemLosses) -> float:
+        """Standard error of the difference in `total` between two plans, whose losses `by_item` returned.
+
+        Where there is one item of a length and source, its part is not known and counts as none.
+        """
+        lengths = Counter(source for _, source in losses)
+        parts = [
+            self._weight(source) / lengths[source] * (found - others[length, source]).std(ddof=1) / len(found) ** 0.5
+            for (length, source), found in losses.items()
+            if len(found) > 1
+        ]
+        return float(np.linalg.norm(parts))
 
     @torch.no_grad()
     def _log_probs(self, key: tuple[int, str], run: "_Pass") -> list[torch.Tensor]:
@@ -112,6 +134,14 @@ class Divergence:
             answers = zip(logits, together, strict=True)
             result += [row[item.loss - start].float().log_softmax(-1) for row, item in answers]
         return result
+
+
+def means(found: ItemLosses) -> dict[str, float]:
+    """Loss for each source: the mean over items, then over lengths."""
+    means: dict[str, list[float]] = {}
+    for (_, source), losses in found.items():
+        means.setdefault(source, []).append(float(losses.mean()))
+    return {source: float(np.mean(losses)) for source, losses in means.items()}
 
 
 def lost(item: CalibrationItem, nats: np.ndarray) -> float:

@@ -35,7 +35,7 @@ from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.run import Run
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
-from moa.search.validate import ValidationRow, best, validate
+from moa.search.validate import RULE, ValidationRow, best, validate
 
 _EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
@@ -319,9 +319,9 @@ def run_validate(
     def read(folder: Path) -> list[ValidationRow]:
         return [ValidationRow(**row) for row in read_json(folder / "table.json")]
 
-    inputs = {"plans": upstream, "weights": dict(weights), "measure": MEASURE}
+    inputs = {"plans": upstream, "weights": dict(weights), "measure": MEASURE, "rule": RULE}
     rows, _ = run.stage("validate", inputs, read, compute)
-    winner = best(rows)
+    winner = best(rows, [plan.provenance.get("refined", {}).get("loss", 0.0) for plan in plans])
     made_from = {
         "calibration": {name: value for name, value in run.finished("calibrate")[0].items() if name != "model"},
         "estimator": run.finished("profile")[0]["estimator"],

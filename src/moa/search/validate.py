@@ -1,16 +1,22 @@
-"""The validate stage: of several plans, the one closest to the dense model at a length that was not profiled.
+"""The validate stage: of several plans, one that is close to the dense model on held-out items.
 
-Every plan runs for real on held-out items.
+Every plan runs for real, also at a length that was not profiled. Held-out items are few: that one plan loses less there
+than another may be chance, and the standard error of the difference says how easily. So of all plans that lose no more
+than the best one, but for that error, the plan is taken that lost least where refine measured.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moa.models import LoadedModel
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
-from moa.search.divergence import Divergence
+from moa.search.divergence import Divergence, means
 from moa.search.items import CalibrationSet
+
+RULE = "least-measured-within-error"  # part of the keys of results, as `moa.search.divergence.MEASURE`
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,14 @@ class ValidationRow:
         What it loses of the dense model, weighted; see `Divergence.total`.
     by_source : dict[str, float]
         As `Divergence.by_source`.
+    error : float
+        Standard error of the difference to the row with the lowest loss.
     """
 
     plan: int
     loss: float
     by_source: dict[str, float]
+    error: float
 
 
 def validate(
@@ -41,13 +50,24 @@ def validate(
 ) -> list[ValidationRow]:
     """What every plan loses on held-out items; ``weights`` as for `Divergence`."""
     divergence = Divergence(loaded, items, weights)
-    rows = []
-    for index, plan in enumerate(progress.track(plans, "validate")):
-        losses = divergence.by_source(plan)
-        rows.append(ValidationRow(index, divergence.total(losses), losses))
-    return rows
+    losses = [divergence.by_item(plan) for plan in progress.track(plans, "validate")]
+    sources = [means(found) for found in losses]
+    totals = [divergence.total(found) for found in sources]
+    lowest = losses[int(np.argmin(totals))]
+    errors = [divergence.error(found, lowest) for found in losses]
+    return [ValidationRow(*row) for row in zip(range(len(plans)), totals, sources, errors, strict=True)]
 
 
-def best(rows: Sequence[ValidationRow]) -> ValidationRow:
-    """The plan with the lowest loss; the first of equals."""
-    return min(rows, key=lambda row: row.loss)
+def best(rows: Sequence[ValidationRow], measured: Sequence[float]) -> ValidationRow:
+    """Of the rows whose loss is the lowest, or above it by no more than their error, the one that was best before.
+
+    Parameters
+    ----------
+    rows : sequence of ValidationRow
+    measured : sequence of float
+        What refine measured that each plan loses; all the same where it measured nothing. Of equals the one with the
+        lowest loss is taken.
+    """
+    lowest = min(row.loss for row in rows)
+    near = [row for row in rows if row.loss - row.error <= lowest]
+    return min(near, key=lambda row: (measured[row.plan], row.loss))
