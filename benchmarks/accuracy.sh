@@ -5,7 +5,8 @@
 # FOLDER/25 and so on are the run directories, which share calibration and profile, FOLDER/25.json the plans. RESULT
 # is written as .json, .md and .png. May be set: DEVICE (several with commas share the evaluation, a search takes the
 # first), LENGTHS (of the suite), SHORT (those of them at which lines and JSON are asked for), ITEMS, SEARCH (options
-# for moa search), MIXTURE (for all densities). What is interrupted goes on where it was.
+# for moa search), MIXTURE (for all densities; without it each has its own, and baselines the default one). What is
+# interrupted goes on where it was. Heat maps need the extra `report`.
 set -euo pipefail
 if (($# < 3)); then
   echo "usage: accuracy.sh MODEL FOLDER RESULT [DENSITY...]" >&2
@@ -13,7 +14,7 @@ if (($# < 3)); then
 fi
 model=$1 folder=$2 result=$3
 shift 3
-device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT:-2048} items=${ITEMS:-100}
+device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT-2048} items=${ITEMS:-100}
 # little text where much is stored anyway, and answers close to the dense model's instead
 declare -A mixtures=(
   [12.5]=retrieval=1,text=2.5,summary=0.25
@@ -29,12 +30,21 @@ for density in "$@"; do
   fi
 done
 
+for length in ${short//,/ }; do
+  if [[ ,$lengths, != *,$length,* ]]; then
+    echo "accuracy.sh: SHORT has $length, which is not among LENGTHS, $lengths" >&2
+    exit 1
+  fi
+done
+
 plans=() first=$folder/$1
 for density in "$@"; do
   run=$folder/$density
   if [[ ! -e $run && -e $first/profile/manifest.json ]]; then
-    mkdir -p "$run"
-    cp -r "$first/calibrate" "$first/profile" "$run"
+    rm -rf "$run.copy"
+    mkdir "$run.copy"
+    cp -r "$first/calibrate" "$first/profile" "$run.copy"
+    mv "$run.copy" "$run"
   fi
   share=$(awk "BEGIN { print $density / 100 }")
   # shellcheck disable=SC2086 # several words
@@ -49,4 +59,4 @@ for length in ${short//,/ }; do
 done
 moa eval "$model" --dtype bfloat16 --device "$device" --run-dir "$first" "${plans[@]}" \
   --against dense,uniform,per-layer,binary-heads --tasks "$tasks" --lengths "$lengths" --items "$items" \
-  --decode-steps 0 --json "$result.json" --heat-map "$result.png"
+  ${MIXTURE:+--mixture "$MIXTURE"} --decode-steps 0 --json "$result.json" --heat-map "$result.png"

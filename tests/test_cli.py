@@ -204,6 +204,13 @@ def test_eval_refuses_a_device_that_is_not_there(capsys, monkeypatch):
     assert "'nowhere' cannot be used here" in complaint(capsys, "eval", "demo", "--device", "cpu,nowhere")
 
 
+def test_eval_wants_what_draws_before_it_measures(demo_plan, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("moa.evaluation.compare.evaluate", lambda *_: pytest.fail("measured"))
+    drawn = ("eval", "demo", "--plan", demo_plan, "--heat-map", tmp_path / "map.png")
+    assert "moa-spans[report]" in complaint(capsys, *drawn)
+
+
 def test_eval_goes_on_where_the_same_call_was_interrupted(demo_plan, tmp_path, monkeypatch):
     """Nothing is taken of another plan in a file of the same name, nor of rows that another version wrote."""
     target, plan = tmp_path / "table.json", tmp_path / "plan.json"

@@ -1,5 +1,6 @@
 """The whole search on a real small model: it ends with a plan in budget, resumes, and redoes only what changed."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,11 +13,13 @@ from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
 from moa.search.facts import FACTS, HELD_OUT_FACTS
+from moa.search.items import CalibrationSet
 from moa.search.pipeline import BudgetConfig, Calibration, DataConfig, run_optimize, search
 from moa.search.profile import Profile
 from moa.search.run import Run
 from moa.search.tables import window_count
 from moa.search.text import TextSource, default_text
+from moa.search.validate import ValidationRow
 
 DATA = DataConfig(lengths=(320,), items=1, validation_items=1, validation_length=384)
 STAGES = ("calibrate", "profile", "optimize", "refine", "validate")
@@ -70,6 +73,37 @@ def test_a_second_call_reads_and_a_changed_setting_redoes_its_stages_only(finish
     monkeypatch.setattr(pipeline, "MEASURE", "another")
     search(demo_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["refine", "validate"]
+
+
+@pytest.mark.slow
+def test_of_plans_that_validation_cannot_tell_apart_the_one_wins_that_was_measured_best(
+    finished, demo_model, tmp_path, monkeypatch
+):
+    shutil.copytree(finished[0], tmp_path / "run")
+    run, ran = Run(tmp_path / "run"), []
+    plans = [replace(finished[1], sink=sink, provenance={"refined": {"loss": -float(sink)}}) for sink in (4, 5, 6)]
+
+    def validate(*arguments):
+        ran.append(arguments)
+        rows = zip((0.8, 0.7, 0.9), (0.0, 0.0, 0.3), strict=True)
+        return [ValidationRow(plan, loss, {"text": loss}, error) for plan, (loss, error) in enumerate(rows)]
+
+    def chosen():
+        return pipeline.run_validate(run, demo_model, plans, CalibrationSet({}), "plans", {"text": 1.0})[0]
+
+    monkeypatch.setattr(pipeline, "validate", validate)
+    assert chosen().sink == 6
+    assert chosen().provenance["validation"] == {
+        "loss": 0.9,
+        "text": 0.9,
+        "candidates": 3,
+        "lowest_loss": 0.7,
+        "error": 0.3,
+    }
+    assert len(ran) == 1
+    monkeypatch.setattr(pipeline, "RULE", "another")
+    chosen()
+    assert len(ran) == 2
 
 
 @pytest.mark.slow

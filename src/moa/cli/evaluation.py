@@ -67,12 +67,15 @@ def evaluate(
     from moa.models import load_config, pick_device
     from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
+    from moa.report.heat_maps import check_drawing, heat_maps
     from moa.report.tables import table, to_json, to_markdown
     from moa.search import baselines
 
     for path in (json, heat_map):
         if path:
             check_writable(path)
+    if heat_map:
+        check_drawing()
     wanted = numbers_of(lengths, "--lengths") or ()
     chosen = {"none": (), "all": TASKS}.get(tasks, tuple(tasks.split(",")))
     config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
@@ -131,8 +134,6 @@ def evaluate(
         partial.finish()
         out.print(f"Wrote {json} and {json.with_suffix('.md').name}", highlight=False)
     if heat_map:
-        from moa.report.heat_maps import heat_maps
-
         heat_maps(rows, heat_map)
         out.print(f"Wrote {heat_map}", highlight=False)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -29,10 +30,9 @@ def heat_maps(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     shown = [row for row in rows if row.task in RETRIEVAL]
     if not shown:
         raise InputError("a heat map needs a retrieval task, such as passkey; none was measured")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("a heat map needs matplotlib: pip install 'moa-spans[report]'") from error
+    check_drawing()
+    from matplotlib.figure import Figure
+
     tasks = list(dict.fromkeys(row.task for row in shown))
     methods = list(dict.fromkeys(row.method for row in shown))
     lengths = sorted({row.length for row in shown})
@@ -56,6 +56,12 @@ def heat_maps(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     figure.supylabel("depth in the text", fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.6, label="share found")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+
+
+def check_drawing() -> None:
+    """Raise InputError if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InputError("a heat map needs matplotlib: pip install 'moa-spans[report]'")
 
 
 def _short(length: int) -> str:

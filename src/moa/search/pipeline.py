@@ -35,7 +35,7 @@ from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.run import Run
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
-from moa.search.validate import RULE, ValidationRow, best, validate
+from moa.search.validate import RULE, ValidationRow, best, lowest_of, validate
 
 _EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
@@ -326,7 +326,13 @@ def run_validate(
         "calibration": {name: value for name, value in run.finished("calibrate")[0].items() if name != "model"},
         "estimator": run.finished("profile")[0]["estimator"],
         "weights": dict(weights),
-        "validation": {"loss": winner.loss, **winner.by_source, "candidates": len(plans)},
+        "validation": {
+            "loss": winner.loss,
+            **winner.by_source,
+            "candidates": len(plans),
+            "lowest_loss": lowest_of(rows).loss,
+            "error": winner.error,
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     chosen = plans[winner.plan]
@@ -358,7 +364,7 @@ def search(
     Returns
     -------
     Plan
-        The plan with the lowest held-out loss.
+        The one that validation chose; see `moa.search.validate.best`.
     """
     data, budget = data or DataConfig(), budget or BudgetConfig()
     check_density(budget.density)  # before the long stages

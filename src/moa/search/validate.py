@@ -32,7 +32,8 @@ class ValidationRow:
     by_source : dict[str, float]
         As `Divergence.by_source`.
     error : float
-        Standard error of the difference to the row with the lowest loss.
+        Standard error of the difference to the row with the lowest loss, as if all items were independent; they share
+        text and kinds of questions, so the true one is larger.
     """
 
     plan: int
@@ -53,7 +54,7 @@ def validate(
     losses = [divergence.by_item(plan) for plan in progress.track(plans, "validate")]
     sources = [means(found) for found in losses]
     totals = [divergence.total(found) for found in sources]
-    lowest = losses[int(np.argmin(totals))]
+    lowest = losses[int(np.argmin(np.where(np.isnan(totals), np.inf, totals)))]
     errors = [divergence.error(found, lowest) for found in losses]
     return [ValidationRow(*row) for row in zip(range(len(plans)), totals, sources, errors, strict=True)]
 
@@ -68,6 +69,11 @@ def best(rows: Sequence[ValidationRow], measured: Sequence[float]) -> Validation
         What refine measured that each plan loses; all the same where it measured nothing. Of equals the one with the
         lowest loss is taken.
     """
-    lowest = min(row.loss for row in rows)
-    near = [row for row in rows if row.loss - row.error <= lowest]
+    lowest = lowest_of(rows)
+    near = [lowest, *(row for row in rows if row.loss - row.error <= lowest.loss)]
     return min(near, key=lambda row: (measured[row.plan], row.loss))
+
+
+def lowest_of(rows: Sequence[ValidationRow]) -> ValidationRow:
+    """The row with the lowest loss; one that is not a number is no low one."""
+    return min(rows, key=lambda row: (np.isnan(row.loss), row.loss))
