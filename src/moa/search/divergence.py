@@ -79,7 +79,7 @@ class Divergence:
         """
         return means(self.by_item(plan))
 
-    def by_item(self, plan: Plan) -> "ItemLosses":
+    def by_item(self, plan: Plan) -> ItemLosses:
         """Loss of each item, as in `by_source`."""
         run: _Pass = _run
         if self._base is not None:
@@ -138,10 +138,10 @@ class Divergence:
 
 def means(found: ItemLosses) -> dict[str, float]:
     """Loss for each source: the mean over items, then over lengths."""
-    means: dict[str, list[float]] = {}
+    at_lengths: dict[str, list[float]] = {}
     for (_, source), losses in found.items():
-        means.setdefault(source, []).append(float(losses.mean()))
-    return {source: float(np.mean(losses)) for source, losses in means.items()}
+        at_lengths.setdefault(source, []).append(float(losses.mean()))
+    return {source: float(np.mean(losses)) for source, losses in at_lengths.items()}
 
 
 def lost(item: CalibrationItem, nats: np.ndarray) -> float:

@@ -6,7 +6,7 @@ than the best one, but for that error, the plan is taken that lost least where r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,10 +53,9 @@ def validate(
     divergence = Divergence(loaded, items, weights)
     losses = [divergence.by_item(plan) for plan in progress.track(plans, "validate")]
     sources = [means(found) for found in losses]
-    totals = [divergence.total(found) for found in sources]
-    lowest = losses[int(np.argmin(np.where(np.isnan(totals), np.inf, totals)))]
-    errors = [divergence.error(found, lowest) for found in losses]
-    return [ValidationRow(*row) for row in zip(range(len(plans)), totals, sources, errors, strict=True)]
+    rows = [ValidationRow(plan, divergence.total(found), found, 0.0) for plan, found in enumerate(sources)]
+    lowest = losses[lowest_of(rows).plan]
+    return [replace(row, error=divergence.error(losses[row.plan], lowest)) for row in rows]
 
 
 def best(rows: Sequence[ValidationRow], measured: Sequence[float]) -> ValidationRow:
