@@ -68,7 +68,8 @@ def test_tables_of_all_tasks_are_whole_in_a_narrow_terminal(name):
 
 def test_effective_lengths_stand_below_the_table():
     rows = [Row("a", 0.25, "passkey", n, score, 20, 0.0) for n, score in [(2048, 0.95), (4096, 1.0), (8192, 0.8)]]
-    assert "a 4,096 tokens with 1,024 stored (4.0 x)" in to_markdown(rows, "moa eval", {})
+    expected = "(passkey at least 0.9 from 2,048 tokens up to there): a 4,096 tokens with 1,024 stored (4.0 x)."
+    assert expected in to_markdown([*rows, Row("a", 0.25, "needle", 512, 0.5, 20, 0.0)], "moa eval", {})
 
 
 def test_the_mean_stands_between_retrieval_tasks_and_perplexity():

@@ -86,7 +86,9 @@ def to_markdown(rows: Sequence[Row], command: str, device: Mapping[str, Any]) ->
         if found["length"]
     ]
     if effective:
-        text += ["", f"Effective context length (passkey at least 0.9 up to there): {'; '.join(effective)}."]
+        shortest = min(row.length for row in rows if row.task == "passkey")
+        reach = f"passkey at least 0.9 from {shortest:,} tokens up to there"
+        text += ["", f"Effective context length ({reach}): {'; '.join(effective)}."]
     machine = ", ".join(f"{key} {value}" for key, value in device.items())
     return "\n".join([*text, "", f"Made by `{command}` on {machine}.", ""])
 
