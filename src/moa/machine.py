@@ -22,7 +22,7 @@ def device_info(devices: Sequence[str]) -> dict[str, Any]:
         "transformers": transformers.__version__,
     }
     if torch.cuda.is_available() and "cpu" not in devices:
-        names = [torch.cuda.get_device_name("cuda" if device == "auto" else device) for device in devices]
+        names = [torch.cuda.get_device_name("cuda" if device == "auto" else device) for device in dict.fromkeys(devices)]
         info["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return info
 

@@ -131,6 +131,12 @@ def test_several_devices_measure_what_one_does(demo_model):
     assert {(row.method, row.task) for row in kept} == {(row.method, row.task) for row in marked}
 
 
+def test_speed_is_not_measured_on_a_device_named_twice():
+    config = EvaluateConfig((320,), items=2, decode_steps=4)
+    with pytest.raises(InputError, match="cpu is named 2 times.*0 decode steps"):
+        evaluate_on(["cpu", "cpu"], "demo", "float32", {"dense": None}, config)
+
+
 def test_evaluation_items_share_nothing_with_calibration(loaded):
     """Neither text nor seeds: not a stretch of 12 tokens of real text is in both."""
     from moa.search.calibrate import CalibrateConfig, calibrate

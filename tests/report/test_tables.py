@@ -45,6 +45,13 @@ def test_json_and_markdown_hold_the_numbers_the_command_and_the_machine():
     assert machine["torch"] in markdown
 
 
+def test_a_machine_has_each_gpu_once_however_many_processes_share_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A" if device == "cuda:0" else "NVIDIA B")
+    assert device_info(["cuda:0", "cuda:1", "cuda:0", "cuda:1"])["gpu"] == "1 x NVIDIA A, 1 x NVIDIA B"
+    assert device_info(["cuda:1", "cuda:2"])["gpu"] == "2 x NVIDIA B"
+
+
 def test_the_table_fits_a_terminal():
     terminal = Console(file=io.StringIO(), width=80)
     terminal.print(table(ROWS))

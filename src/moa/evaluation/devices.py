@@ -2,12 +2,14 @@
 after another."""
 
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing.queues import Queue
 from typing import Any
 
+from moa.errors import InputError
 from moa.evaluation.compare import EvaluateConfig, measure, prepare
 from moa.evaluation.rows import Row, in_order
 from moa.models import load_model
@@ -32,7 +34,8 @@ def evaluate_on(
     Parameters
     ----------
     devices : sequence of str
-        Such as ``cuda:0``, ``cuda:1``; alike, where speed is measured.
+        Such as ``cuda:0``, ``cuda:1``; alike, where speed is measured. One named several times has as many processes,
+        and speed cannot be measured.
     model, dtype : str
         As for `moa.models.load_model`.
     known, keep
@@ -41,8 +44,14 @@ def evaluate_on(
     Raises
     ------
     InputError, PlanError
-        As `evaluate`.
+        As `evaluate`, and if speed is to be measured on a device that is named several times.
     """
+    shared = [device for device, times in Counter(devices).items() if times > 1]
+    if shared and config.decode_steps:
+        raise InputError(
+            f"{shared[0]} is named {devices.count(shared[0])} times, and speed cannot be measured on a device that "
+            "works at something else; name it once, or give 0 decode steps"
+        )
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for device in devices:
