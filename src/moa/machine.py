@@ -22,7 +22,8 @@ def device_info(devices: Sequence[str]) -> dict[str, Any]:
         "transformers": transformers.__version__,
     }
     if torch.cuda.is_available() and "cpu" not in devices:
-        names = [torch.cuda.get_device_name("cuda" if device == "auto" else device) for device in dict.fromkeys(devices)]
+        each = dict.fromkeys("cuda" if device == "auto" else device for device in devices)
+        names = list(map(torch.cuda.get_device_name, each))
         info["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return info
 

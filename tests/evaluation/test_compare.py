@@ -133,7 +133,7 @@ def test_several_devices_measure_what_one_does(demo_model):
 
 def test_speed_is_not_measured_on_a_device_named_twice():
     config = EvaluateConfig((320,), items=2, decode_steps=4)
-    with pytest.raises(InputError, match="cpu is named 2 times.*0 decode steps"):
+    with pytest.raises(InputError, match=r"cpu is named 2 times.*0 decode steps"):
         evaluate_on(["cpu", "cpu"], "demo", "float32", {"dense": None}, config)
 
 
