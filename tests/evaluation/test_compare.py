@@ -8,6 +8,7 @@ import pytest
 
 from moa import ModelIdentity, Plan
 from moa.errors import InputError, PlanError
+from moa.evaluation import compare
 from moa.evaluation.compare import EvaluateConfig, Measures, evaluate
 from moa.evaluation.devices import evaluate_on
 from moa.evaluation.rows import TASKS, Row
@@ -115,7 +116,7 @@ def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
 
 @pytest.mark.slow
 def test_several_devices_measure_what_one_does(demo_model):
-    config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity"), chunks=1, decode_steps=0)
+    config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity", "answer_kl"), chunks=1, decode_steps=0)
     plans = {"dense": None, "half": Plan.uniform(demo_model.identity, 0.5)}
     together = evaluate_on(["cpu", "cpu"], "demo", "float32", plans, config)
     alone = evaluate(demo_model, plans, config)
@@ -129,6 +130,18 @@ def test_several_devices_measure_what_one_does(demo_model):
         row.score for row in evaluate_on(["cpu"], "demo", "float32", plans, config, SILENT, marked, kept.extend)
     ] == [-1.0] * len(marked), "what is known is not measured again"
     assert {(row.method, row.task) for row in kept} == {(row.method, row.task) for row in marked}
+
+
+def test_answers_are_made_once_and_only_where_something_is_to_be_read_on_them(loaded, monkeypatch):
+    made = []
+    calibrate = compare.calibrate
+    monkeypatch.setattr(compare, "calibrate", lambda *given: made.append(given[2].lengths) or calibrate(*given))
+    config = EvaluateConfig((256, 320), items=2, tasks=("perplexity", "answer_kl@320"), chunks=1, decode_steps=0)
+    plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
+    rows = evaluate(loaded, plans, config)
+    assert made == [(320,)]
+    assert evaluate(loaded, plans, config, known=rows) == rows
+    assert made == [(320,)], "all is known"
 
 
 def test_speed_is_not_measured_on_a_device_named_twice():

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
 from moa.evaluation.likelihood import answer_log_probs, divergences, logits_at, text_chunks, text_losses
-from moa.evaluation.rows import ANSWER_KL, ANSWER_PERPLEXITY, KV_MB, PERPLEXITY, SPEED, TASKS, Row
+from moa.evaluation.rows import ANSWER_KL, ANSWER_PERPLEXITY, ANSWERED, KV_MB, PERPLEXITY, SPEED, TASKS, Row
 from moa.evaluation.tasks import RETRIEVAL, TaskItem
 from moa.evaluation.text import default_evaluation_text
 from moa.models import LoadedModel
@@ -180,7 +181,7 @@ class Measures:
     """The prompts and texts of one length, and what a method makes of them."""
 
     def __init__(self, loaded: LoadedModel, config: EvaluateConfig, length: int):
-        self.loaded, self.length = loaded, length
+        self.loaded, self.config, self.length = loaded, config, length
         text = default_evaluation_text()
         self.chunks = text_chunks(loaded.tokenizer, text, length, config.chunks)
         self.items: dict[str, list[TaskItem]] = {
@@ -190,13 +191,16 @@ class Measures:
             for task in config.tasks_at(length)
             if task in RETRIEVAL
         }
-        self.answers: list[CalibrationItem] = []
-        if {ANSWER_PERPLEXITY, ANSWER_KL} & set(config.tasks_at(length)):
-            sources = (RETRIEVAL_ANSWERS, SUMMARY)
-            each = math.ceil(config.items / len(sources))
-            settings = CalibrateConfig((length,), each, sources, seed=_ANSWER_SEED + config.seed)
-            self.answers = [item for items in calibrate(loaded, text, settings).items.values() for item in items]
         self._last: tuple[Plan | None, dict[str, list[float]]] | None = None
+
+    @cached_property
+    def answers(self) -> list[CalibrationItem]:
+        """The dense model's answers to questions, and its summaries: made when they are first asked for."""
+        sources = (RETRIEVAL_ANSWERS, SUMMARY)
+        each = math.ceil(self.config.items / len(sources))
+        settings = CalibrateConfig((self.length,), each, sources, seed=_ANSWER_SEED + self.config.seed)
+        made = calibrate(self.loaded, default_evaluation_text(), settings)
+        return [item for items in made.items.values() for item in items]
 
     def of(self, task: str, plan: Plan | None) -> tuple[list[float], tuple[float, ...]]:
         """Values of the single items, and means by depth or position."""
@@ -206,7 +210,7 @@ class Measures:
             with _in_force(self.loaded, plan):
                 losses = text_losses(self.loaded.model, self.chunks)
             return losses.mean(1).tolist(), tuple(part.mean() for part in np.array_split(losses.mean(0), _PARTS))
-        if task in (ANSWER_PERPLEXITY, ANSWER_KL):
+        if task in ANSWERED:
             return self._answered(plan)[task], ()
         items = self.items[task]
         with _in_force(self.loaded, plan):

@@ -1,5 +1,5 @@
-"""An evaluation shared out to several devices: a process each, with a model of its own, takes one method at one length
-after another."""
+"""An evaluation shared out to several devices: a process each, with a model of its own, makes the dense model's answers
+of one length, then takes one method at one length after another."""
 
 import multiprocessing
 from collections import Counter
@@ -10,11 +10,12 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 from moa.errors import InputError
-from moa.evaluation.compare import EvaluateConfig, measure, prepare
-from moa.evaluation.rows import Row, in_order
-from moa.models import load_model
+from moa.evaluation.compare import EvaluateConfig, Measures, measure, prepare
+from moa.evaluation.rows import ANSWERED, Row, in_order
+from moa.models import LoadedModel, load_model
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
+from moa.search.items import CalibrationItem
 
 _worker: Any = None  # model, prompts and settings of this process
 
@@ -57,10 +58,17 @@ def evaluate_on(
     for device in devices:
         free.put(device)
     with ProcessPoolExecutor(len(devices), context, _start, (free, model, dtype, dict(plans), config)) as pool:
-        longest_first = reversed(range(len(set(config.lengths))))
-        waiting = [pool.submit(_measure, name, at, tuple(known)) for at in longest_first for name in plans]
+        longest_first = range(len(set(config.lengths)))[::-1]
         rows: list[Row] = []
         try:
+            making = {at: pool.submit(_answer, at) for at in longest_first if _to_be_answered(at, plans, config, known)}
+            if making:
+                for made in progress.track(as_completed(making.values()), "Answers of the dense model", len(making)):
+                    made.result()
+            answers = {at: made.result() for at, made in making.items()}
+            waiting = [
+                pool.submit(_measure, name, at, tuple(known), answers.get(at)) for at in longest_first for name in plans
+            ]
             for done in progress.track(as_completed(waiting), "Evaluating", len(waiting)):
                 rows += done.result()
                 keep(rows)
@@ -77,14 +85,36 @@ def _start(
     _worker = free.get(), model, dtype, plans, config
 
 
-def _measure(name: str, at: int, known: Sequence[Row]) -> list[Row]:
-    """The rows of one method, at the length that is number ``at``."""
+def _to_be_answered(at: int, plans: Mapping[str, Plan | None], config: EvaluateConfig, known: Sequence[Row]) -> bool:
+    """Whether something is to be read on the dense model's answers, at the length that is number ``at``."""
+    length = sorted(set(config.lengths))[at]
+    have = {(row.method, row.task, row.length) for row in known}
+    tasks = set(ANSWERED).intersection(config.tasks_at(length))
+    return any((name, task, length) not in have for name in plans for task in tasks)
+
+
+def _ready() -> tuple[LoadedModel, list[Measures], Mapping[str, Plan | None], EvaluateConfig]:
+    """Model, prompts and settings of this process."""
     global _worker
     if len(_worker) == 5:  # here, since what an initialiser raises does not reach the caller
         device, model, dtype, plans, config = _worker
         loaded = load_model(model, dtype, device)
         _worker = loaded, prepare(loaded, plans, config), plans, config
-    loaded, measures, plans, config = _worker
+    ready: tuple[LoadedModel, list[Measures], Mapping[str, Plan | None], EvaluateConfig] = _worker
+    return ready
+
+
+def _answer(at: int) -> list[CalibrationItem]:
+    """The dense model's answers, at the length that is number ``at``."""
+    _, measures, _, _ = _ready()
+    return measures[at].answers
+
+
+def _measure(name: str, at: int, known: Sequence[Row], answers: list[CalibrationItem] | None) -> list[Row]:
+    """The rows of one method, at the length that is number ``at``; ``answers`` where any are to be read."""
+    loaded, measures, plans, config = _ready()
+    if answers is not None:
+        measures[at].answers = answers
     if at < len(measures) - 1:  # speed belongs to the longest
         config = replace(config, decode_steps=0)
     return measure(loaded, measures[at : at + 1], {name: plans[name]}, config, known=known)

@@ -13,7 +13,8 @@ ANSWER_KL = "answer_kl"
 KV_MB = "kv_mb"
 SPEED = "tokens_per_s"
 RETRIEVAL_MEAN = "retrieval"
-TASKS = (*RETRIEVAL, PERPLEXITY, ANSWER_PERPLEXITY, ANSWER_KL)
+ANSWERED = (ANSWER_PERPLEXITY, ANSWER_KL)  # read on the dense model's answers
+TASKS = (*RETRIEVAL, PERPLEXITY, *ANSWERED)
 
 
 @dataclass(frozen=True)
