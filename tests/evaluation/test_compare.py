@@ -16,7 +16,7 @@ from moa.models import LoadedModel
 from moa.progress import SILENT
 from tiny_models import tiny_model
 
-CONFIG = EvaluateConfig((512, 448), items=1, tasks=TASKS, chunks=2, decode_steps=2)
+CONFIG = EvaluateConfig((512, 448), items=2, tasks=TASKS, decode_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_bytes_are_those_in_the_cache(rows):
 
 
 def test_a_task_can_be_asked_for_at_one_length(loaded):
-    config = EvaluateConfig((256, 320), items=1, tasks=("needle@320", "perplexity"), chunks=1, decode_steps=0)
+    config = EvaluateConfig((256, 320), items=1, tasks=("needle@320", "perplexity"), decode_steps=0)
     rows = evaluate(loaded, {"dense": None}, config)
     assert [(row.length, row.task) for row in rows] == [
         (256, "perplexity"),
@@ -94,7 +94,7 @@ def test_a_task_can_be_asked_for_at_one_length(loaded):
 
 
 def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
-    config = EvaluateConfig((256, 320), items=4, tasks=("needle", "perplexity"), chunks=1, decode_steps=0)
+    config = EvaluateConfig((256, 320), items=4, tasks=("needle", "perplexity"), decode_steps=0)
     plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
     kept, done = [], []
 
@@ -116,7 +116,7 @@ def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
 
 @pytest.mark.slow
 def test_several_devices_measure_what_one_does(demo_model):
-    config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity", "answer_kl"), chunks=1, decode_steps=0)
+    config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity", "answer_kl"), decode_steps=0)
     plans = {"dense": None, "half": Plan.uniform(demo_model.identity, 0.5)}
     together = evaluate_on(["cpu", "cpu"], "demo", "float32", plans, config)
     alone = evaluate(demo_model, plans, config)
@@ -136,7 +136,7 @@ def test_answers_are_made_once_and_only_where_something_is_to_be_read_on_them(lo
     made = []
     calibrate = compare.calibrate
     monkeypatch.setattr(compare, "calibrate", lambda *given: made.append(given[2].lengths) or calibrate(*given))
-    config = EvaluateConfig((256, 320), items=2, tasks=("perplexity", "answer_kl@320"), chunks=1, decode_steps=0)
+    config = EvaluateConfig((256, 320), items=2, tasks=("perplexity", "answer_kl@320"), decode_steps=0)
     plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
     rows = evaluate(loaded, plans, config)
     assert made == [(320,)]
@@ -178,7 +178,7 @@ def test_the_model_is_left_as_it_was(loaded, rows):
 
 
 def test_only_the_asked_tasks_are_measured(loaded):
-    rows = evaluate(loaded, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), chunks=1, decode_steps=0))
+    rows = evaluate(loaded, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), decode_steps=0))
     assert [row.task for row in rows] == ["perplexity", "kv_mb"]
 
 

@@ -46,6 +46,16 @@ def test_chunks_are_spread_over_the_text(tokenizer):
     assert first == sorted(first)
 
 
+def test_a_text_gives_no_more_chunks_than_it_has_without_overlap(tokenizer):
+    ids = tokenizer(" ".join(str(number) for number in range(400)))["input_ids"]
+    text, special = tokenizer.decode(ids), len(tokenizer("")["input_ids"])
+    chunks = text_chunks(tokenizer, text, 100 + special, 1000)
+    assert chunks.shape == (len(ids) // 100, 100 + special)
+    told = [" ".join(tokenizer.decode(chunk[special:]).split()[1:-1]) for chunk in chunks]  # but for cut-off numbers
+    starts, ends = [text.index(words) for words in told], [text.index(words) + len(words) for words in told]
+    assert all(end < start for end, start in zip(ends, starts[1:], strict=False))
+
+
 def test_texts_that_are_too_short_are_refused(tokenizer):
     with pytest.raises(InputError, match="the text has"):
         text_chunks(tokenizer, "only a few words", 512, 1)

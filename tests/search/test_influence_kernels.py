@@ -46,6 +46,14 @@ def measured(inputs, options, estimator, backend):
     return out.detach(), *(leaf.grad for leaf in leaves), collector.tables[0]
 
 
+def flow_scale(inputs):
+    """The largest dA. The forward pass rounds attention to the dtype, so a row's mean of dA, which all its effects are
+    taken from, is off by as small a share of this: much of a table that has but a row or two, little of a long one.
+    """
+    _, key, value, d_out = (tensor.double() for tensor in inputs)
+    return float((d_out @ value.repeat_interleave(len(d_out) // len(key), 0).mT).abs().max())
+
+
 def assert_equal(inputs, options, estimator, peaked):
     dtype = inputs[0].dtype
     # Single precision rounds a logit to a share of itself, and exp makes that a share of the attention.
@@ -61,6 +69,8 @@ def assert_equal(inputs, options, estimator, peaked):
         assert not got.isnan().any(), name
         error = (got.double() - expected).abs().max()
         largest = max(1.0, float(expected.abs().max()))
+        if name == "table" and dtype != torch.float32:
+            largest = max(largest, flow_scale(inputs) * (largest**0.5 if estimator is Estimator.JOINT else 1))
         if expected.abs().max() < 1e-9:  # nothing but what is rounded off, at the scale of the inputs
             largest = max(float(tensor.abs().max()) for tensor in inputs)
         assert error <= limit * largest, (name, float(error), largest)
@@ -115,6 +125,16 @@ def assert_equal(inputs, options, estimator, peaked):
     learned_sink=False,
     sliding_window=1,
     peaked=20.0,
+)
+@example(
+    estimator=Estimator.JOINT,
+    length=129,
+    kv_heads=1,
+    group=2,
+    softcap=None,
+    learned_sink=False,
+    sliding_window=150,
+    peaked=3.0,
 )
 def test_kernels_equal_the_strips(
     estimator, length, kv_heads, group, softcap, learned_sink, sliding_window, peaked, dim, dtype

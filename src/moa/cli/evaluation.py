@@ -40,7 +40,7 @@ def evaluate(
             "answer_kl; or all, or none. lines@2048: at that length only."
         ),
     ] = "passkey,lines,perplexity",
-    items: Annotated[int, typer.Option(help="Prompts per task; of stretches of text four.")] = 20,
+    items: Annotated[int, typer.Option(help="Prompts per task, and stretches of text if it has as many.")] = 20,
     decode_steps: Annotated[int, typer.Option(help="Tokens in each timed round of decoding; 0 for no timing.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,

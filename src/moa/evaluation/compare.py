@@ -48,10 +48,9 @@ class EvaluateConfig:
         Total lengths N, prompt and new tokens.
     items : int
         Prompts of each retrieval task and length; of the dense model's answers half are to questions, half summaries.
+        For the perplexity of text as many stretches of N tokens, or as the text has.
     tasks : tuple of str
         Of `TASKS`; ``lines@2048`` is measured at that length only.
-    chunks : int
-        Stretches of text, of N tokens each, for the perplexity.
     decode_steps : int
         Tokens in a timed round at the longest length; 0 leaves speed out.
     seed : int
@@ -61,7 +60,6 @@ class EvaluateConfig:
     lengths: tuple[int, ...]
     items: int = 20
     tasks: tuple[str, ...] = ("passkey", "lines", PERPLEXITY)
-    chunks: int = 4
     decode_steps: int = 16
     seed: int = 0
 
@@ -154,8 +152,8 @@ def _row(name: str, density: float, task: str, length: int, values: Sequence[flo
 
 
 def _check(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig) -> None:
-    if not plans or not config.lengths or config.items < 1 or config.chunks < 1:
-        raise InputError("an evaluation needs at least one method, one length, one item and one chunk of text")
+    if not plans or not config.lengths or config.items < 1:
+        raise InputError("an evaluation needs at least one method, one length and one item")
     for entry in config.tasks:
         task, at, only = entry.partition("@")
         if task not in TASKS:
@@ -183,7 +181,7 @@ class Measures:
     def __init__(self, loaded: LoadedModel, config: EvaluateConfig, length: int):
         self.loaded, self.config, self.length = loaded, config, length
         text = default_evaluation_text()
-        self.chunks = text_chunks(loaded.tokenizer, text, length, config.chunks)
+        self.chunks = text_chunks(loaded.tokenizer, text, length, config.items)
         self.items: dict[str, list[TaskItem]] = {
             task: RETRIEVAL[task].make(
                 loaded.tokenizer, text, length - RETRIEVAL[task].new_tokens, config.items, config.seed

@@ -15,8 +15,9 @@ from moa.search.text import TokenStream
 _SCORED_POSITIONS = 1024
 
 
-def text_chunks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, chunks: int) -> np.ndarray:
-    """Stretches of a text, spread evenly over it: int64 [chunks, length], each with the tokenizer's first token.
+def text_chunks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, most: int) -> np.ndarray:
+    """Stretches of a text, each with the tokenizer's first token, spread evenly and without overlap: as many as the
+    text has, or ``most``: int64 [chunks, length].
 
     Raises
     ------
@@ -28,7 +29,7 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, chun
     tokens = length - len(first)
     if tokens > len(ids):
         raise InputError(f"the text has {len(ids):,} tokens, and {tokens:,} are needed; give more text")
-    starts = np.linspace(0, len(ids) - tokens, chunks).astype(np.int64)
+    starts = np.linspace(0, len(ids) - tokens, min(most, len(ids) // tokens)).astype(np.int64)
     return np.stack([np.concatenate([first, ids[start : start + tokens]]) for start in starts])
 
 
