@@ -8,7 +8,7 @@ import pytest
 
 from moa import ModelIdentity, Plan
 from moa.errors import InputError, PlanError
-from moa.evaluation import compare
+from moa.evaluation import compare, devices
 from moa.evaluation.compare import EvaluateConfig, Measures, evaluate
 from moa.evaluation.devices import evaluate_on
 from moa.evaluation.rows import TASKS, Row
@@ -142,6 +142,19 @@ def test_answers_are_made_once_and_only_where_something_is_to_be_read_on_them(lo
     assert made == [(320,)]
     assert evaluate(loaded, plans, config, known=rows) == rows
     assert made == [(320,)], "all is known"
+
+
+def test_a_process_reads_the_answers_that_another_made(loaded, monkeypatch):
+    config = EvaluateConfig((320,), items=2, tasks=("answer_kl",), decode_steps=0)
+    plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
+    rows = evaluate(loaded, plans, config)
+    (other,) = compare.prepare(loaded, plans, config)
+    answers = other.answers
+    monkeypatch.setattr(devices, "_worker", (loaded, compare.prepare(loaded, plans, config), plans, config))
+    monkeypatch.setattr(compare, "calibrate", lambda *_: pytest.fail("made again"))
+    assert devices._measure("half", 0, (), answers) == [row for row in rows if row.method == "half"]
+    assert devices._to_be_answered(0, plans, config, ())
+    assert not devices._to_be_answered(0, plans, config, rows)
 
 
 def test_speed_is_not_measured_on_a_device_named_twice():

@@ -161,7 +161,7 @@ def test_rows_of_no_request_store_nothing(name, new):
 @pytest.mark.parametrize("programs", [1 << 20, 1], ids=["shortest pieces", "longest pieces"])
 def test_pieces_of_long_requests_add_up(programs, monkeypatch):
     """More pieces than are added at once; and some that are full, some partly, some not at all."""
-    monkeypatch.setattr(triton_paged, "_PROGRAMS", programs)
+    monkeypatch.setattr("moa.serving.triton_paged_decode._PROGRAMS", programs)
     engine = Engine(heads=2, group=1, d=16, pages=700, windows=(9000 + programs % 2, 40))
     for _ in range(6):
         query, key, value, steps = engine.step({0: 1400, 1: 30}, room=600)

@@ -31,7 +31,7 @@ def influence_forward(
     window: int | None,
     sink_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of one sequence, unrounded.
+    """Causal attention of one sequence: weights are rounded to the values' dtype, what they add up to is not.
 
     Parameters
     ----------
