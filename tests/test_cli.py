@@ -211,34 +211,42 @@ def test_eval_wants_what_draws_before_it_measures(demo_plan, tmp_path, capsys, m
     assert "moa-spans[report]" in complaint(capsys, *drawn)
 
 
-def test_eval_goes_on_where_the_same_call_was_interrupted(demo_plan, tmp_path, monkeypatch):
-    """Nothing is taken of another plan in a file of the same name, nor of rows that another version wrote."""
-    target, plan = tmp_path / "table.json", tmp_path / "plan.json"
-    plan.write_text(demo_plan.read_text())
+def test_eval_goes_on_where_the_same_measurement_was_interrupted(demo_plan, tmp_path, monkeypatch):
+    """Whatever else is measured now; but nothing is taken of a plan whose rules have changed, of other items, or of
+    rows that another version wrote."""
+    target, plan, other = (tmp_path / name for name in ("table.json", "plan.json", "other.json"))
+    for path in (plan, other):
+        path.write_text(demo_plan.read_text())
+    partial = target.with_suffix(".partial.json")
     known_each = []
+    interrupted = True
 
     def measure(loaded, plans, config, progress, known, keep):
         """Each call has one more row, and does not repeat the others."""
         known_each.append(len(known))
         keep([Row("MoA plan", 0.5, "passkey", 300 + len(known), 1.0, 2, 0.0, (1.0, math.nan))])
-        if len(known_each) < 6:
+        if interrupted:
             raise KeyboardInterrupt
         return known
 
     monkeypatch.setattr("moa.evaluation.compare.evaluate", measure)
     call = ("eval", "demo", "--plan", plan, "--lengths", 300, "--tasks", "passkey", "--quiet", "--json", target)
     assert all(run(*call) for _ in range(3))
-    left = json.loads(target.with_suffix(".partial.json").read_text())
+    assert run(*call, "--plan", other, "--lengths", "300,400", "--tasks", "passkey,lines")
+    assert run(*call, "--items", 3)
+    assert run(*call)
+    left = json.loads(partial.read_text())
     older = {"columns": left["columns"][:-1], "rows": [{"method": "MoA plan", "score": 1.0}]}
-    target.with_suffix(".partial.json").write_text(json.dumps(left | older))
+    partial.write_text(json.dumps(left | older))
     assert run(*call)
     changed = json.loads(plan.read_text())
     changed["sink"] += 1
     plan.write_text(json.dumps(changed))
     assert run(*call)
+    interrupted = False
     assert run(*call) == 0
-    assert known_each == [0, 1, 2, 0, 0, 1]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["plan.json", "table.json", "table.md"]
+    assert known_each == [0, 1, 2, 3, 0, 0, 0, 0, 1]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["other.json", "plan.json", "table.json", "table.md"]
 
 
 @pytest.mark.parametrize(

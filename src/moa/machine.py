@@ -17,15 +17,32 @@ def device_info(devices: Sequence[str]) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **_VERSIONS,
     }
-    if torch.cuda.is_available() and "cpu" not in devices:
-        each = dict.fromkeys("cuda" if device == "auto" else device for device in devices)
-        names = list(map(torch.cuda.get_device_name, each))
+    if names := _gpu_names(devices):
         info["gpu"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     return info
+
+
+def arithmetic_info(devices: Sequence[str]) -> dict[str, Any]:
+    """What a computed number depends on besides the code: of `device_info`, not how many cards or cores share work."""
+    names = _gpu_names(devices)
+    return {**_VERSIONS, "on": sorted(set(names)) if names else [_cpu_name(), torch.get_num_threads()]}
+
+
+_VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+}
+
+
+def _gpu_names(devices: Sequence[str]) -> list[str]:
+    """Of each card; none on a CPU."""
+    if not torch.cuda.is_available() or "cpu" in devices:
+        return []
+    each = dict.fromkeys("cuda" if device == "auto" else device for device in devices)
+    return list(map(torch.cuda.get_device_name, each))
 
 
 def _cpu_name() -> str:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moa.evaluation.rows import TASKS, Row
-from moa.machine import device_info
+from moa.machine import arithmetic_info, device_info
 from moa.report.tables import table, to_json, to_markdown
 
 ROWS = [
@@ -50,6 +50,8 @@ def test_a_machine_has_each_gpu_once_however_many_processes_share_it(monkeypatch
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A" if device == "cuda:0" else "NVIDIA B")
     assert device_info(["cuda:0", "cuda:1", "cuda:0", "cuda:1"])["gpu"] == "1 x NVIDIA A, 1 x NVIDIA B"
     assert device_info(["cuda:1", "cuda:2"])["gpu"] == "2 x NVIDIA B"
+    assert arithmetic_info(["cuda:1", "cuda:2"]) == arithmetic_info(["cuda:1"]) != arithmetic_info(["cuda:0"])
+    assert arithmetic_info(["cpu"]) not in (arithmetic_info(["cuda:0"]), arithmetic_info(["cuda:1"]))
 
 
 def test_the_table_fits_a_terminal():

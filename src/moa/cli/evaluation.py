@@ -55,7 +55,8 @@ def evaluate(
 ) -> None:
     """Measure plans against dense attention and other plans: answers, bytes and speed in one table.
 
-    With --json an interrupted call keeps what it measured, and the same call goes on from there.
+    With --json an interrupted call keeps what it measured, and a call with the same model, items and seed goes on from
+    there on devices of the same kind, however many: rows of plans with the same rules are not measured again.
     """
     from moa.cli.partial import Partial
     from moa.evaluation.compare import EvaluateConfig
@@ -63,7 +64,7 @@ def evaluate(
     from moa.evaluation.devices import evaluate_on
     from moa.evaluation.rows import TASKS, Row, effective_lengths
     from moa.files import check_writable, write_json, write_text
-    from moa.machine import device_info
+    from moa.machine import arithmetic_info, device_info
     from moa.models import load_config, pick_device
     from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
@@ -109,14 +110,15 @@ def evaluate(
         pick_device(each)  # the machine is described by them
     command, machine = "moa " + " ".join(sys.argv[1:]), device_info(devices)
     told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
-    made_with = {"command": command, "device": machine, "model": asdict(identity), "methods": told}
+    made_with = {"model": asdict(identity), "dtype": dtype, "items": items, "seed": seed, **arithmetic_info(devices)}
     partial = Partial(json, {**made_with, "columns": [column.name for column in fields(Row)]})
-    known = [Row.from_dict(row) for row in partial.left.get("rows", ())]
+    same = [name for name, rules in partial.left.get("methods", {}).items() if name in told and told[name] == rules]
+    known = [Row.from_dict(row) for row in partial.left.get("rows", ()) if row["method"] in same]
     have = {(row.method, row.task, row.length): row.to_dict() for row in known}
 
     def keep(rows: Sequence[Row]) -> None:
         have.update({(row.method, row.task, row.length): row.to_dict() for row in rows})
-        partial.keep({"rows": list(have.values())})
+        partial.keep({"command": command, "methods": told, "rows": list(have.values())})
 
     if len(devices) > 1:
         rows = evaluate_on(devices, model, dtype, methods, config, Progress(quiet), known, keep)
