@@ -18,7 +18,7 @@ device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT-20
 # little text where much is stored anyway, and answers close to the dense model's instead
 declare -A mixtures=(
   [12.5]=retrieval=1,text=2.5,summary=0.25
-  [25]=retrieval=1,text=3,summary=0.5
+  [25]=retrieval=1,text=5,summary=0.5
   [50]=retrieval=1,text=1,summary=3
   [75]=retrieval=1,text=1,summary=3
 )

@@ -17,7 +17,8 @@ def _eager_under_mask(module, query, key, value, attention_mask, **kwargs):
     tokens = key.shape[2]
     spans = torch.from_numpy(_CURRENT["spans"][:, module.layer_idx])  # [rows, kv_heads]
     valid = torch.ones(len(query), tokens, dtype=torch.bool)
-    seen = visible_keys(spans, _CURRENT["sink"], valid, tokens, kwargs.get("sliding_window"))
+    window = kwargs.get("sliding_window") if attention_mask is None else int(attention_mask)
+    seen = visible_keys(spans, _CURRENT["sink"], valid, tokens, window)
     mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min).to(query.device)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -25,7 +26,10 @@ def _eager_under_mask(module, query, key, value, attention_mask, **kwargs):
 
 
 AttentionInterface.register("test_eager_under_mask", _eager_under_mask)
-AttentionMaskInterface.register("test_eager_under_mask", lambda **kwargs: None)
+# in place of a mask the window that it would apply, which not all models hand to their attention as well
+AttentionMaskInterface.register(
+    "test_eager_under_mask", lambda local_size=None, **kwargs: None if local_size is None else torch.tensor(local_size)
+)
 
 
 @contextmanager

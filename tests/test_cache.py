@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moa.attention.options import AttentionOptions
 from moa.attention.reference import span_attention
 from moa.cache import SpanCache
-from moa.errors import CacheError
+from moa.errors import CacheError, UnsupportedModelError
 from moa.plan import ModelIdentity, Plan
 
 DIM, SINK = 8, 4
@@ -120,6 +120,27 @@ def test_spans_never_shrink():
     assert cache.nbytes() == 20 * DIM * 8 * 2
 
 
+def test_growing_by_as_many_lengths_as_there_are_not_rows_is_refused():
+    cache = SpanCache(one_layer_plan([6.0], [0.0]), [40, 50])
+    with pytest.raises(CacheError, match="lengths for 2 rows, and was given 6"):
+        cache.grow([60] * 6)
+
+
+def test_rows_that_hold_nothing_are_repeated():
+    cache = SpanCache(one_layer_plan([0.0], [0.5]), [40, 80])
+    cache.batch_repeat_interleave(2)
+    attend(cache, *random_tokens(4, 1, 10))
+    assert cache.row_lengths().tolist() == [40, 40, 80, 80]
+
+
+def test_keys_are_attended_once():
+    cache = SpanCache(one_layer_plan([6.0], [0.0]), 40)
+    q, k, v = random_tokens(1, 1, 10)
+    attend(cache, q, k, v)
+    with pytest.raises(UnsupportedModelError, match="attended again"):
+        cache.attend(0, q, k, v, None, AttentionOptions(0.5))
+
+
 def test_reordering_rows_moves_their_history():
     plan = one_layer_plan([6.0, 0.0], [0.0, 0.5])
     q, k, v = random_tokens(3, 2, 31)
@@ -175,6 +196,36 @@ def test_cropping_takes_tokens_back_until_something_was_evicted():
     torch.testing.assert_close(output, expected[:, :, 5:])
     with pytest.raises(CacheError, match="evicted"):
         cache.crop(-1)
+
+
+@pytest.mark.parametrize(
+    "move", [lambda cache: cache.reorder_cache(torch.tensor([0, 1])), lambda cache: cache.grow(30)]
+)
+def test_what_was_evicted_does_not_come_back_by_moving(move):
+    """Neither reordered nor grown storage can tell by itself that there were more tokens."""
+    cache = SpanCache(one_layer_plan([12.0], [0.0]), 20)
+    attend(cache, *random_tokens(2, 1, 20))
+    move(cache)
+    with pytest.raises(CacheError, match="evicted"):
+        cache.crop(-4)
+    cache.reset()
+    attend(cache, *random_tokens(2, 1, 9))
+    move(cache)
+    cache.crop(-4)
+    assert cache.get_seq_length() == 5
+
+
+def test_cropping_takes_tokens_back_in_all_layers_or_in_none():
+    model = ModelIdentity("test", 2, 1, 2, DIM)
+    plan = Plan.from_arrays(model, np.array([[25.0], [12.0]]), np.zeros((2, 1)), sink=SINK, block=1)
+    cache = SpanCache(plan, 30)
+    q, k, v = random_tokens(1, 1, 20)
+    for layer in range(2):
+        key, value = cache.update(k, v, layer)
+        cache.attend(layer, q, key, value, None, AttentionOptions(0.5))
+    with pytest.raises(CacheError, match="evicted"):
+        cache.crop(-4)
+    assert [layer.columns for layer in cache.span_layers] == [20, 20]
 
 
 def test_a_reset_cache_starts_over():

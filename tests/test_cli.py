@@ -14,6 +14,8 @@ import moa
 from moa import cli
 from moa.cli.options import plans_of
 from moa.evaluation.rows import Row
+from moa.models import locate
+from moa.progress import SILENT
 
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
 
@@ -142,6 +144,12 @@ def test_generate_answers_from_the_smaller_cache(demo_plan, capsys):
     assert "KV cache" in captured.err
 
 
+def test_a_prompt_that_is_no_text_is_one_line(demo_plan, capsys, monkeypatch):
+    binary = io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", binary)
+    assert "not UTF-8" in complaint(capsys, "generate", "demo", "--plan", demo_plan, "--prompt", "-")
+
+
 def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("My name is Bartholomew.\nWhat is my name?\n\n"))
     assert run("chat", "demo", "--plan", demo_plan, "--max-new-tokens", 24) == 0
@@ -235,6 +243,9 @@ def test_eval_goes_on_where_the_same_measurement_was_interrupted(demo_plan, tmp_
     assert run(*call, "--plan", other, "--lengths", "300,400", "--tasks", "passkey,lines")
     assert run(*call, "--items", 3)
     assert run(*call)
+    same_architecture = locate("demo", SILENT), *call[2:]
+    assert run("eval", *same_architecture)
+    assert run(*call)
     left = json.loads(partial.read_text())
     older = {"columns": left["columns"][:-1], "rows": [{"method": "MoA plan", "score": 1.0}]}
     partial.write_text(json.dumps(left | older))
@@ -245,7 +256,7 @@ def test_eval_goes_on_where_the_same_measurement_was_interrupted(demo_plan, tmp_
     assert run(*call)
     interrupted = False
     assert run(*call) == 0
-    assert known_each == [0, 1, 2, 3, 0, 0, 0, 0, 1]
+    assert known_each == [0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 1]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["other.json", "plan.json", "table.json", "table.md"]
 
 
@@ -271,6 +282,12 @@ def test_eval_goes_on_where_the_same_measurement_was_interrupted(demo_plan, tmp_
         (("eval", "demo", "--plan", "PLAN"), "another model"),
         (("eval", "demo", "--lengths", "8193"), "beyond the context"),
         (("eval", "demo", "--tasks", "chess"), "chess"),
+        (("eval", "demo", "--tasks", "perplexity", "--heat-map", "OUT"), "needs a retrieval task"),
+        (("eval", "demo", "--json", "table.md"), "ends in .json"),
+        (("bench", "throughput", "demo", "--json", "table"), "ends in .json"),
+        (("bench", "throughput", "demo", "--batch", "1,4"), "--batch '1,4'"),
+        (("bench", "throughput", "demo", "--ladder", "--batch", "4"), "leave --batch out"),
+        (("search", "demo", "-o", "OUT", "--mixture", "text=nan"), "--mixture"),
         (("eval", "demo", "--against", "magic"), "--against"),
         (("generate", "demo", "--plan", "PLAN", "--prompt", "Hello"), "another model"),
         (("generate", "demo", "--plan", "DEMO", "--prompt", "word " * 9000), "context of 8192"),

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from moa import ModelIdentity, models
 from moa.errors import InputError
-from moa.models import chat_frame, chat_prompt, load_config, load_model
+from moa.models import chat_frame, chat_next, chat_prompt, load_config, load_model
 
 
 def write_gguf(path, seed=0):
@@ -131,10 +131,20 @@ def test_a_local_folder_loads_and_its_config_needs_no_weights(tiny_gguf, cache, 
     again = load_model(str(folder), device="cpu")
     assert again.identity == loaded.identity
     assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
+    assert again.weights == loaded.weights
+    assert load_model(str(folder), "bfloat16", "cpu").weights != loaded.weights
     (folder / "model.safetensors").unlink()
     assert ModelIdentity.of(load_config(str(folder))) == loaded.identity
     with pytest.raises(InputError, match="cannot load model"):
         load_model(str(folder), device="cpu")
+
+
+def test_other_weights_of_the_same_architecture_are_told_apart(cache, tmp_path):
+    for seed, name in enumerate(("first", "second")):
+        write_gguf(tmp_path / f"{name}.gguf", seed)
+    first, second = (load_model(str(tmp_path / f"{name}.gguf"), device="cpu") for name in ("first", "second"))
+    assert first.identity == second.identity
+    assert first.weights != second.weights
 
 
 @pytest.mark.parametrize("load", [load_model, load_config])
@@ -172,6 +182,32 @@ def test_chat_prompts_are_the_templates(demo_model):
     assert chat_prompt(tokenizer, message) == template
     before, after = chat_frame(tokenizer)
     assert before + tokenizer(message)["input_ids"] + after == template
+
+
+def test_a_further_message_continues_the_conversation_as_the_template_has_it(demo_model):
+    tokenizer = demo_model.tokenizer
+    conversation = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": "How are you?"},
+    ]
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    answer = tokenizer("Good day.", add_special_tokens=False)["input_ids"]
+    ids = chat_prompt(tokenizer, "Hello") + answer + chat_next(tokenizer, "How are you?")
+    assert tokenizer.decode(ids) == whole
+
+
+def test_models_that_can_think_aloud_are_told_not_to_in_every_turn(demo_model, monkeypatch):
+    tokenizer = demo_model.tokenizer
+    told = "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}Silent.{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + told)
+    assert tokenizer.decode(chat_prompt(tokenizer, "Hello")).endswith("Silent.")
+    assert tokenizer.decode(chat_next(tokenizer, "Hello")).endswith("Silent.")
+
+
+def test_without_a_template_a_further_message_is_a_paragraph(demo_model, monkeypatch):
+    monkeypatch.setattr(demo_model.tokenizer, "chat_template", None)
+    assert demo_model.tokenizer.decode(chat_next(demo_model.tokenizer, "The land")) == "\n\nThe land"
 
 
 def test_without_a_template_the_prompt_is_the_text(tiny_gguf, cache):

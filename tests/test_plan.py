@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma3Config, LlamaConfig
 
-from moa.errors import InputError, PlanError
+from moa.errors import InputError, PlanError, UnsupportedModelError
 from moa.plan import ElasticRule, ModelIdentity, Plan, elastic_spans
 
 MODEL = ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
@@ -180,6 +180,23 @@ def test_identity_of_a_config():
     assert ModelIdentity.of(config) != identity
     composite = Gemma3Config()
     assert ModelIdentity.of(composite).layers == composite.text_config.num_hidden_layers
+
+
+def test_layers_with_different_heads_have_no_identity():
+    class Uneven:
+        """As transformers has it for models such as Gemma 4."""
+
+        model_type, num_hidden_layers, num_attention_heads, num_key_value_heads = "uneven", 2, 4, 2
+
+        def get_text_config(self, decoder):
+            return self
+
+        @property
+        def head_dim(self):
+            raise RuntimeError("head_dim differs from layer to layer")
+
+    with pytest.raises(UnsupportedModelError, match=r"uneven: .*same KV heads \(head_dim differs"):
+        ModelIdentity.of(Uneven())
 
 
 def test_a_plan_says_what_it_does_not_fit():

@@ -129,6 +129,38 @@ def test_later_turns_see_what_the_smaller_spans_kept(model):
         assert ids[0, prompt : prompt + NEW].tolist() == expected[0, prompt - 1 : prompt + NEW - 1].tolist()
 
 
+def test_a_turn_may_be_given_as_its_new_tokens_alone(model):
+    plan = random_plan(model, full=True)
+    prompt, turn = random_ids(1, 40), random_ids(1, 20, seed=9)
+
+    def second_answer(cache):
+        said = generate(model, prompt, past_key_values=cache, attention_mask=torch.ones_like(prompt))
+        mask = torch.ones(1, said.shape[1] + 20, dtype=torch.long)
+        new = torch.cat([said[:, -1:], turn], dim=1)  # the last token was said, but not read
+        return generate(model, new, past_key_values=cache, attention_mask=mask)[:, -NEW:]
+
+    expected = second_answer(DynamicCache(config=model.config))
+    with moa.apply(model, plan):
+        assert second_answer(moa.SpanCache(plan, 1)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("padding", [3, 0])
+def test_what_is_cached_cannot_be_hidden_or_shown_by_a_later_mask(model, padding):
+    """Padding behind an answer that ended early; and what was padding, called real."""
+    plan = random_plan(model, full=True)
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, : 3 - padding] = 0
+    cache = moa.SpanCache(plan, 1)
+    with moa.apply(model, plan):
+        said = generate(model, ids, past_key_values=cache, attention_mask=mask)
+        going_on = torch.cat([said, random_ids(2, 10)], dim=1)
+        mask = torch.ones_like(going_on)
+        mask[0, 50 - padding : 50] = 0
+        with pytest.raises(CacheError, match="neither hidden nor shown"):
+            generate(model, going_on, past_key_values=cache, attention_mask=mask)
+
+
 def test_sampling_beams_and_streaming_run_unchanged(model, plan, capsys):
     ids = random_ids(2, 150)
     with moa.apply(model, plan):
@@ -197,6 +229,19 @@ def test_a_second_plan_is_refused(model, plan):
         ("deepseek_v3", {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, "MLA"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "exchanged"),
         ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 64}, "chunked_attention"),
+        (
+            "gemma3n_text",
+            {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "num_kv_shared_layers": 2,
+                "vocab_size_per_layer_input": 199,
+                "hidden_size_per_layer_input": 8,
+                "laurel_rank": 8,
+                "activation_sparsity_pattern": [0.0] * 4,
+            },
+            "attend keys of earlier ones",
+        ),
     ],
 )
 def test_unsupported_architectures_are_refused(model_type, changes, reason):
@@ -206,6 +251,13 @@ def test_unsupported_architectures_are_refused(model_type, changes, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
         moa.apply(model, plan)
     assert model.config._attn_implementation == before
+
+
+def test_attention_that_is_called_twice_a_layer_is_refused():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("diffllama", **COMMON)).eval()
+    plan = moa.Plan.dense(moa.ModelIdentity.of(model.config))
+    with moa.apply(model, plan), pytest.raises(UnsupportedModelError, match="attended again"):
+        generate(model, random_ids(1, 20))
 
 
 def test_a_plain_cache_is_refused(model, plan):

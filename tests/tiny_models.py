@@ -32,6 +32,16 @@ EXTRA = {
     "olmo2": {},
     "gpt_oss": {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granite": {"attention_multiplier": 0.3},
+    "qwen2_moe": {  # only the mask applies the window
+        "use_sliding_window": True,
+        "sliding_window": 100,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "phimoe": {"sliding_window": 200, "num_local_experts": 4, "num_experts_per_tok": 2},  # so here
 }
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from moa.attention import backends
 from moa.attention.options import AttentionOptions, effective_span
-from moa.errors import CacheError
+from moa.errors import CacheError, UnsupportedModelError
 from moa.plan import Plan
 from moa.storage import SpanStore
 
@@ -127,24 +127,16 @@ class SpanLayer(CacheLayerMixin):
             del self.store
         self.columns, self.is_initialized = 0, False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, possible while nothing has been evicted.
+    def can_crop(self, tokens: int) -> bool:
+        """Whether so many tokens can be taken back: none that would have to come back was evicted."""
+        return not self.is_initialized or not (self.store.evicted() | (self.store.written < tokens)).any()
 
-        Raises
-        ------
-        CacheError
-            If tokens that would have to come back were evicted.
-        """
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; right only where `can_crop`."""
         remove = abs(tokens_to_remove)
         if remove == 0 or not self.is_initialized:
             return
-        store = self.store
-        if (store.written > store.capacity).any() or (store.written < remove).any():
-            raise CacheError(
-                f"cannot take {remove} tokens back from a SpanCache that has already evicted keys for them; generate "
-                "without assisted or prompt-lookup decoding"
-            )
-        store.take_back(remove)
+        self.store.take_back(remove)
         self.seen = self.seen - remove
         self.columns -= remove
 
@@ -206,7 +198,19 @@ class SpanCache(Cache):
         """Attention of one layer; shapes as in `SpanLayer.attend`.
 
         ``backend``, as in `moa.attention.backends.pick`, counts when the layer's first tokens come.
+
+        Raises
+        ------
+        CacheError
+            If rows are more or fewer than before, or tokens more than planned for.
+        UnsupportedModelError
+            If no new keys were put in for this call.
         """
+        if self._pending != layer_idx:
+            raise UnsupportedModelError(
+                f"the keys of layer {layer_idx} were attended again, by another layer or a second time: plans cover "
+                "models in which each layer attends its own keys once"
+            )
         layer = self.span_layers[layer_idx]
         if not layer.is_initialized:
             lengths = self._row_lengths(len(query))
@@ -222,6 +226,11 @@ class SpanCache(Cache):
     def grow(self, lengths: int | Sequence[int]) -> None:
         """Plan for longer sequences: spans grow with N, never shrink, and what was evicted stays evicted."""
         new = _checked(lengths)
+        if self._lengths.ndim and new.ndim and len(self._lengths) != len(new):
+            raise CacheError(
+                f"the SpanCache has lengths for {len(self._lengths)} rows, and was given {len(new)}; give one length "
+                "for all rows, or as many as generate has rows (beams count)"
+            )
         self._lengths = np.maximum(self._lengths, new)
         for index, layer in enumerate(self.span_layers):
             if layer.is_initialized:
@@ -267,6 +276,22 @@ class SpanCache(Cache):
         self._pending = None
         super().reset()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens in all layers, or in none.
+
+        Raises
+        ------
+        CacheError
+            If tokens that would have to come back were evicted.
+        """
+        remove = abs(tokens_to_remove)
+        if remove and not all(layer.can_crop(remove) for layer in self.span_layers):
+            raise CacheError(
+                f"cannot take {remove} tokens back from a SpanCache that has already evicted keys for them; generate "
+                "without assisted or prompt-lookup decoding"
+            )
+        super().crop(tokens_to_remove)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
@@ -278,7 +303,8 @@ class SpanCache(Cache):
             layer.select_rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = len(self.span_layers[0].seen) if self.span_layers[0].is_initialized else 0
+        first = self.span_layers[0]
+        rows = len(first.seen) if first.is_initialized else self._lengths.size
         self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def _row_lengths(self, rows: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from transformers import TextIteratorStreamer
 
 from moa.cache import SpanCache
 from moa.errors import InputError
-from moa.models import LoadedModel, chat_prompt
+from moa.models import LoadedModel, chat_next, chat_prompt
 from moa.plan import Plan
 from moa.runtime import apply
 
@@ -30,7 +30,6 @@ class Conversation:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         self._loaded, self._plan, self._new = loaded, plan, max_new_tokens
         self._model: Any = loaded.model  # transformers' own types do not know that it generates
-        self._messages: list[dict[str, str]] = []
         self._ids = torch.empty(1, 0, dtype=torch.long)
         self._cache = SpanCache(plan, 1)
 
@@ -87,14 +86,9 @@ class Conversation:
     def _turn(self, message: str) -> torch.Tensor:
         """Token ids that a new user message adds after everything said so far: int64 [1, tokens]."""
         tokenizer = self._loaded.tokenizer
-        if tokenizer.chat_template is None or not self._ids.shape[1]:
+        if not self._ids.shape[1]:
             return torch.tensor([chat_prompt(tokenizer, message)])
-        turns = [("user", "<<1>>"), ("assistant", "<<2>>"), ("user", "<<3>>")]
-        rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
-        )
-        between, after = str(rendered).split("<<2>>")[1].split("<<3>>")
-        ids = list(tokenizer(between + message + after, add_special_tokens=False)["input_ids"])
+        ids = chat_next(tokenizer, message)
         if ids and ids[0] == int(self._ids[0, -1]):  # the answer already ended with the template's end of turn
             ids = ids[1:]
         return torch.tensor([ids])

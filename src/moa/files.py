@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moa.errors import InputError
@@ -74,7 +75,10 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
 
     def write(temporary: Path) -> None:
-        save_file(contiguous, temporary)
+        try:
+            save_file(contiguous, temporary)
+        except SafetensorError as error:  # also where the disk is full
+            raise OSError(str(error)) from error
 
     write_atomically(path, write)
 

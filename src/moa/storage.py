@@ -81,6 +81,7 @@ class SpanStore:
         self.offset = np.empty_like(self.capacity)
         self.offset[self.order] = starts[:-1]
         self.written = np.zeros_like(self.capacity)
+        self._moved_from_evicted = np.zeros(len(self.capacity), bool)  # pairs that lost tokens where they were before
         bounds = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(ordered)]
         self.keys = like_key.new_empty(int(starts[-1]), like_key.shape[-1])
         # a slot that is not filled yet may be read with a weight of 0: what lies there must be a number
@@ -110,6 +111,10 @@ class SpanStore:
 
     def _own(self, pair: int) -> slice:
         return slice(int(self.offset[pair]), int(self.offset[pair] + self.capacity[pair]))
+
+    def evicted(self) -> np.ndarray:
+        """Which pairs have lost tokens, here or where they were `moved` from: bool [pairs]."""
+        return self._moved_from_evicted | (self.written > self.capacity)
 
     def stored(self) -> np.ndarray:
         """How many tokens each pair holds: int64 [pairs]."""
@@ -173,6 +178,7 @@ class SpanStore:
         slots = [self.ordered_slots(pair) for pair in source]
         target = SpanStore(capacity, self.sink, self.keys, self.values, self.transposed)
         target.written = np.array([len(old) for old in slots], np.int64)
+        target._moved_from_evicted = self.evicted()[source]
         if self.transposed:
             for pair, (old, tokens) in enumerate(zip(source, target.written, strict=True)):
                 target.keys_of(pair)[:tokens], target.values_of(pair)[:tokens] = self.held(old)
@@ -207,6 +213,7 @@ class SpanStore:
     def clear(self) -> None:
         """Forget everything, in place."""
         self.written[:] = 0
+        self._moved_from_evicted[:] = False
         if "on_device" in self.__dict__:
             self.on_device.written.zero_()
 

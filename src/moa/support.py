@@ -25,6 +25,11 @@ def check_plannable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{text.model_type} stores compressed keys (MLA), which have no KV heads to plan; plans need plain KV heads"
         )
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"the last {text.num_kv_shared_layers} layers of this {text.model_type} model attend keys of earlier ones; "
+            "plans cover models in which each layer has its own"
+        )
     foreign = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
     if foreign:
         raise UnsupportedModelError(

@@ -116,10 +116,13 @@ def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
 
 @pytest.mark.slow
 def test_several_devices_measure_what_one_does(demo_model):
-    config = EvaluateConfig((320,), items=2, tasks=("passkey", "perplexity", "answer_kl"), decode_steps=0)
+    config = EvaluateConfig(
+        (320,), items=2, tasks=("perplexity", "passkey", "answer_kl", "passkey@320"), decode_steps=0
+    )
     plans = {"dense": None, "half": Plan.uniform(demo_model.identity, 0.5)}
     together = evaluate_on(["cpu", "cpu"], "demo", "float32", plans, config)
     alone = evaluate(demo_model, plans, config)
+    assert [row.task for row in alone] == ["passkey"] * 2 + ["perplexity"] * 2 + ["answer_kl"] * 2 + ["kv_mb"] * 2
     assert [(row.method, row.task, row.length, row.n) for row in together] == [
         (row.method, row.task, row.length, row.n) for row in alone
     ]
@@ -199,6 +202,7 @@ def test_only_the_asked_tasks_are_measured(loaded):
     ("config", "reason"),
     [
         (EvaluateConfig((2048,)), "2,048 is beyond the context"),
+        (EvaluateConfig((1,)), "length 1 has no token"),
         (EvaluateConfig((64,), decode_steps=0), "too few"),
         (EvaluateConfig((256,), tasks=("poems",)), "poems"),
         (EvaluateConfig((256,), decode_steps=64), "decode steps"),

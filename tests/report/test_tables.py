@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import torch
 from rich.console import Console
 
 from moa.evaluation.rows import TASKS, Row
@@ -46,12 +47,20 @@ def test_json_and_markdown_hold_the_numbers_the_command_and_the_machine():
 
 
 def test_a_machine_has_each_gpu_once_however_many_processes_share_it(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("moa.models.pick_device", lambda name: torch.device("cuda" if name == "auto" else name))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A" if device == "cuda:0" else "NVIDIA B")
     assert device_info(["cuda:0", "cuda:1", "cuda:0", "cuda:1"])["gpu"] == "1 x NVIDIA A, 1 x NVIDIA B"
     assert device_info(["cuda:1", "cuda:2"])["gpu"] == "2 x NVIDIA B"
+    assert device_info(["cuda", "cuda:0", "auto"])["gpu"] == "1 x NVIDIA A"
+    assert "gpu" not in device_info(["cpu:0"])
     assert arithmetic_info(["cuda:1", "cuda:2"]) == arithmetic_info(["cuda:1"]) != arithmetic_info(["cuda:0"])
     assert arithmetic_info(["cpu"]) not in (arithmetic_info(["cuda:0"]), arithmetic_info(["cuda:1"]))
+
+
+def test_one_short_method_leaves_the_heading_whole():
+    console = Console(width=60, file=io.StringIO())
+    console.print(table([Row("dense", 1.0, "perplexity", 320, 9.5, 4, 0.1)]))
+    assert "method" in console.file.getvalue()
 
 
 def test_the_table_fits_a_terminal():

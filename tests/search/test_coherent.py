@@ -127,6 +127,13 @@ def test_candidates_are_the_optimizers_plans_those_of_shares_and_one_more():
     assert values[-1] == min(values)
 
 
+def test_the_cheapest_rule_on_the_whole_need_not_be_so_at_every_length():
+    lengths = (1024, 2048, 4096, 8192)
+    items = {length: {"a": np.linspace(1, 0, window_count(length)) * np.ones((2, 2, 2, 1))} for length in lengths}
+    found = candidates(items, {"a": 1.0}, OptimizeConfig(0.2, lengths_constrained=(512,), points=1))
+    assert all(density <= 0.2 for plan in found for density in plan.densities.values())
+
+
 def test_where_shares_do_not_fit_the_others_remain():
     long = 16384
     items = {long: {"a": np.linspace(1, 0, window_count(long)) * np.ones((1, 1, 2, 1))}}

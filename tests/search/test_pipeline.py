@@ -13,6 +13,7 @@ from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
 from moa.search.facts import FACTS, HELD_OUT_FACTS
+from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
 from moa.search.pipeline import BudgetConfig, Calibration, DataConfig, run_optimize, search
 from moa.search.profile import Profile
@@ -57,8 +58,11 @@ def test_a_search_ends_with_a_plan_within_its_budget(finished, demo_model):
     assert plan.provenance["calibration"]["data"]["lengths"] == [320]
     with apply(demo_model.model, plan):
         pass
-    assert sorted(path.name for path in folder.iterdir()) == sorted(STAGES)
-    assert not [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".safetensors")]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", *sorted(STAGES)]
+    assert {path.suffix for stage in STAGES for path in (folder / stage).rglob("*") if path.is_file()} == {
+        ".json",
+        ".safetensors",
+    }
 
 
 @pytest.mark.slow
@@ -207,10 +211,41 @@ def test_a_stage_without_the_one_before_is_refused(tmp_path):
         Run(tmp_path).finished("calibrate")
 
 
-def test_a_run_of_another_model_is_refused(finished, demo_model):
-    other = replace(demo_model, identity=replace(demo_model.identity, layers=31), name="other")
-    with pytest.raises(InputError, match="calibrated with demo, not with other"):
+def test_a_run_with_other_weights_is_refused(finished, demo_model):
+    """Of the same architecture, and under the same name."""
+    assert pipeline.calibrated(Run(finished[0]), demo_model)[1]
+    other = replace(demo_model)
+    vars(other)["weights"] = "of another checkpoint"
+    with pytest.raises(InputError, match=r"calibrated with demo in torch\.float32, and the weights of demo"):
         pipeline.calibrated(Run(finished[0]), other)
+
+
+@pytest.mark.slow
+def test_tables_are_not_taken_for_those_of_a_later_calibration(finished, demo_model, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    run = Run(tmp_path / "run")
+    assert pipeline.profiled(run)[2] == demo_model.identity
+    pipeline.run_calibrate(run, demo_model, default_text(), replace(DATA, seed=1))
+    with pytest.raises(InputError, match="calibrate was run again after profile"):
+        pipeline.profiled(run)
+
+
+@pytest.mark.slow
+def test_other_validation_items_do_not_profile_again(finished, demo_model, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setattr(profile_stage, "_measure", lambda *_: pytest.fail("measured"))
+    run = Run(tmp_path / "run")
+    again, key = pipeline.run_calibrate(run, demo_model, default_text(), replace(DATA, validation_items=2))
+    tables, _ = pipeline.run_profile(run, demo_model, again, key, Estimator.JOINT)
+    before, _, _ = pipeline.profiled(Run(finished[0]))
+    assert all((tables.tables[key] == table).all() for key, table in before.tables.items())
+
+
+@pytest.mark.parametrize("budget", [BudgetConfig(0.0), BudgetConfig(grid="scalled"), BudgetConfig(rules_per_layer=0)])
+def test_a_budget_that_makes_no_sense_is_refused_before_the_long_stages(demo_model, ran, tmp_path, budget):
+    with pytest.raises(InputError):
+        search(demo_model, default_text(), tmp_path / "run", DATA, budget)
+    assert ran == []
 
 
 def test_the_plan_file_is_the_plan(finished, tmp_path):

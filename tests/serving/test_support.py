@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from moa.cli import main
-from moa.errors import UnsupportedModelError
+from moa.errors import InputError, UnsupportedModelError
+from moa.serving import launch
 from moa.serving.launch import server_command
 from moa.serving.support import check_modules, check_servable
 
@@ -74,6 +75,17 @@ def folder(tmp_path):
 def test_a_server_is_not_started_for_it(folder):
     with pytest.raises(UnsupportedModelError, match="4096 tokens"):
         server_command(folder, "plan.json", None, [])
+
+
+@pytest.mark.parametrize("option", ["--hf-overrides={}", "--hf_overrides", "--hf-overrides.rope_theta=1e6"])
+def test_what_moa_serve_sets_itself_cannot_be_given(option):
+    with pytest.raises(InputError, match="sets --hf-overrides itself"):
+        server_command("demo", "plan.json", None, [option])
+
+
+@pytest.mark.parametrize("options", [["--tensor_parallel_size", "4"], ["--tensor-parallel-size=4"], ["-tp", "4"]])
+def test_ranks_are_read_however_they_are_written(options):
+    assert launch._ranks(options) == 4
 
 
 def test_the_command_that_sizes_says_so(folder, capsys):

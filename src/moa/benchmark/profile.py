@@ -75,8 +75,8 @@ def bench_profile(items: int = 50, progress: Progress = SILENT) -> dict[str, Any
     """
     if not torch.cuda.is_available():
         raise InputError("moa bench profile needs an NVIDIA GPU, and PyTorch sees none here")
-    if items < 1:
-        raise InputError(f"--items {items}: expected at least 1")
+    if items < 2:
+        raise InputError(f"--items {items}: expected at least 2, to time them one after another")
     rows: list[Row] = []
     for shape, lengths in _CASES.items():
         progress.say(f"building {shape} with random weights")

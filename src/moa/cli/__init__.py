@@ -118,5 +118,5 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # typer may have caught the interrupt itself
-        complaints.print("interrupted; finished work is kept, run the same command again to go on", highlight=False)
+        complaints.print("interrupted; run the command again to go on from what it has kept, if any", highlight=False)
     sys.exit(code if isinstance(code, int) else 0)

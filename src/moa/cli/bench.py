@@ -83,9 +83,14 @@ def throughput(
     if set(others) - {*dense, "uniform"}:
         raise InputError(f"--against {against!r}: expected some of {', '.join(dense)}, uniform; or none")
     wanted = numbers_of(lengths, "--lengths") or ()
-    rows = None if batch == "max" or ladder else (numbers_of(batch, "--batch") or (1,))[0]
+    batches = None if batch == "max" or ladder else numbers_of(batch, "--batch") or ()
+    if batches is not None and len(batches) != 1:
+        raise InputError(f"--batch {batch!r}: expected one number of sequences, or max")
+    rows = None if batches is None else batches[0]
     plans = plans_of(plan)
     densities = [] if plans else densities_of(density)
+    if ladder and batch != "1":
+        raise InputError("--ladder takes as many sequences as fit; leave --batch out")
     if ladder and len(plans) + len(densities) != 1:
         raise InputError("--ladder takes one --plan or one --density")
     on = pick_device(device)

@@ -1,5 +1,6 @@
 """`moa eval` and `moa lm-eval`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -11,7 +12,7 @@ import typer
 from moa.cli.options import (
     DEFAULT_MIXTURE,
     DEFAULT_RUN,
-    Device,
+    Devices,
     DType,
     Mixture,
     Model,
@@ -41,8 +42,10 @@ def evaluate(
         ),
     ] = "passkey,lines,perplexity",
     items: Annotated[int, typer.Option(help="Prompts per task, and stretches of text if it has as many.")] = 20,
-    decode_steps: Annotated[int, typer.Option(help="Tokens in each timed round of decoding; 0 for no timing.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the items.")] = 0,
+    decode_steps: Annotated[
+        int, typer.Option(min=0, help="Tokens in each timed round of decoding; 0 for no timing.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the items.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
     heat_map: Annotated[Path | None, typer.Option(help="Draw retrieval by length and depth into this PNG.")] = None,
     run_dir: Annotated[
@@ -50,7 +53,7 @@ def evaluate(
     ] = DEFAULT_RUN,
     mixture: Mixture = DEFAULT_MIXTURE,
     dtype: DType = "auto",
-    device: Device = "auto",
+    device: Devices = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Measure plans against dense attention and other plans: answers, bytes and speed in one table.
@@ -65,7 +68,7 @@ def evaluate(
     from moa.evaluation.rows import TASKS, Row, effective_lengths
     from moa.files import check_writable, write_json, write_text
     from moa.machine import arithmetic_info, device_info
-    from moa.models import load_config, pick_device
+    from moa.models import device_name, load_config
     from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
     from moa.report.heat_maps import check_drawing, heat_maps
@@ -75,10 +78,10 @@ def evaluate(
     for path in (json, heat_map):
         if path:
             check_writable(path)
-    if heat_map:
-        check_drawing()
     wanted = numbers_of(lengths, "--lengths") or ()
     chosen = {"none": (), "all": TASKS}.get(tasks, tuple(tasks.split(",")))
+    if heat_map:
+        check_drawing([task.partition("@")[0] for task in chosen])
     config = EvaluateConfig(wanted, items, chosen, decode_steps=decode_steps, seed=seed)
     others = [] if against == "none" else against.split(",")
     if set(others) - {"dense", "uniform", *baselines.NAMES}:
@@ -86,8 +89,8 @@ def evaluate(
             f"--against {against!r}: expected some of dense, uniform, {', '.join(baselines.NAMES)}; or none"
         )
     plans = plans_of(plan)
-    losses = _losses(run_dir, mixture) if set(others) & set(baselines.NAMES) else {}
     identity = ModelIdentity.of(load_config(model))
+    losses = _losses(run_dir, mixture, identity) if set(others) & set(baselines.NAMES) else {}
     methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
     for name, rules in plans.items():
         rules.check_fits(identity)
@@ -105,12 +108,12 @@ def evaluate(
         methods[name] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
-    devices = device.split(",")
-    for each in devices:
-        pick_device(each)  # the machine is described by them
+    devices = [device_name(each) for each in device.split(",")]
     command, machine = "moa " + " ".join(sys.argv[1:]), device_info(devices)
     told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
-    made_with = {"model": asdict(identity), "dtype": dtype, "items": items, "seed": seed, **arithmetic_info(devices)}
+    backend = os.environ.get("MOA_BACKEND", "")
+    settings = {"name": model, "dtype": dtype, "backend": backend, "items": items, "seed": seed}
+    made_with = {"model": asdict(identity), **settings, **arithmetic_info(devices)}
     partial = Partial(json, {**made_with, "columns": [column.name for column in fields(Row)]})
     same = [name for name, rules in partial.left.get("methods", {}).items() if name in told and told[name] == rules]
     known = [Row.from_dict(row) for row in partial.left.get("rows", ()) if row["method"] in same]
@@ -140,14 +143,19 @@ def evaluate(
         out.print(f"Wrote {heat_map}", highlight=False)
 
 
-def _losses(run_dir: Path, mixture: str) -> Any:
-    """Loss tables per KV head of a finished search."""
+def _losses(run_dir: Path, mixture: str, model: Any) -> Any:
+    """Loss tables per KV head of a finished search of the model, which is a `ModelIdentity`."""
     from moa.progress import SILENT
     from moa.search.pipeline import profiled
     from moa.search.profile import kv_losses
     from moa.search.run import Run
 
     tables, _, identity = profiled(Run(run_dir, SILENT))
+    if identity != model:
+        raise InputError(
+            f"--against: {run_dir} holds the search of another model ({identity}), not of this one ({model}); give the "
+            "--run-dir of a search of it"
+        )
     return kv_losses(tables, identity.kv_heads, weights_of(mixture))
 
 

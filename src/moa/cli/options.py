@@ -1,5 +1,6 @@
 """What several commands share: options, and how their values are read."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,17 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The plan to write.
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DType = Annotated[str, typer.Option(help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Devices = Annotated[
+    str, typer.Option("--device", help="As elsewhere; several with commas share the work, one named twice runs two.")
+]
 Lengths = Annotated[str | None, typer.Option(help="Profile lengths, e.g. 1024,2048 (default: by the context).")]
 ValidationLength = Annotated[
-    int | None, typer.Option(help="One more length of validation (default: 1.5 x the longest).")
+    int | None, typer.Option(min=1, help="One more length of validation (default: 1.5 x the longest).")
 ]
 Items = Annotated[int, typer.Option(help="Calibration items per length and source.")]
 ValidationItems = Annotated[int, typer.Option(help="Held-out items per length and source.")]
 Mixture = Annotated[str, typer.Option(help="Weights of calibration sources: retrieval, summary, text.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Calibration text files (repeat the option).")]
 Dataset = Annotated[str | None, typer.Option(help="Calibration text from an HF dataset: hub name or local path.")]
 Density = Annotated[float, typer.Option(help="Stored KV over all KV, above 0 and at most 1.")]
@@ -63,7 +67,7 @@ def weights_of(text: str) -> dict[str, float]:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
         weights = {}
-    if not weights or min(weights.values()) <= 0:
+    if not weights or not all(0 < weight < math.inf for weight in weights.values()):
         raise InputError(f"--mixture {text!r}: expected sources with weights above 0, such as {DEFAULT_MIXTURE}")
     return weights
 

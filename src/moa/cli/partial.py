@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moa.errors import InputError
 from moa.files import check_writable, read_json, write_json
 
 
@@ -25,7 +26,7 @@ class Partial:
     Raises
     ------
     InputError
-        If the place cannot be written.
+        If the place cannot be written, or the name is not that of a JSON file: a table of the same name lies beside it.
     """
 
     def __init__(self, result: Path | None, settings: Mapping[str, Any]):
@@ -33,6 +34,8 @@ class Partial:
         self._file = result.with_suffix(".partial.json") if result else None
         self.left: dict[str, Any] = {}
         if result:
+            if result.suffix != ".json":
+                raise InputError(f"--json {result}: expected a name that ends in .json, such as {result}.json")
             check_writable(result)
         if self._file and self._file.is_file():
             found = read_json(self._file)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from moa.cli.options import Device, DType, Model, PlanFile, Quiet, load
+from moa.errors import InputError
 
 
 def generate(
@@ -23,7 +24,11 @@ def generate(
     from moa.plan import Plan
 
     rules = Plan.load(plan)
-    message = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        message = sys.stdin.read() if prompt == "-" else prompt
+        message.encode()
+    except UnicodeError as error:
+        raise InputError("the prompt is not UTF-8 text; give text, such as a file that `file` calls UTF-8") from error
     conversation = Conversation(load(model, dtype, device, quiet), rules, max_new_tokens)
     for piece in conversation.say(message):
         print(piece, end="", flush=True)

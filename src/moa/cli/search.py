@@ -208,7 +208,7 @@ def validate(
 ) -> None:
     """Last stage: run every plan on held-out items and write the best one.
 
-    Of plans that are no worse than the lowest loss by more than the standard error of the difference, that is the one
+    Of plans that are no worse than the lowest loss by more than two standard errors of the difference, that is the one
     that the refine stage measured to lose least.
     """
     from moa.files import check_writable

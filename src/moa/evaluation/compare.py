@@ -17,7 +17,7 @@ from moa.cache import SpanCache
 from moa.errors import InputError
 from moa.evaluation.answers import scores
 from moa.evaluation.likelihood import answer_log_probs, divergences, logits_at, text_chunks, text_losses
-from moa.evaluation.rows import ANSWER_KL, ANSWER_PERPLEXITY, ANSWERED, KV_MB, PERPLEXITY, SPEED, TASKS, Row
+from moa.evaluation.rows import ANSWER_KL, ANSWER_PERPLEXITY, ANSWERED, KV_MB, PERPLEXITY, SPEED, TASKS, Row, in_order
 from moa.evaluation.tasks import RETRIEVAL, TaskItem
 from moa.evaluation.text import default_evaluation_text
 from moa.models import LoadedModel
@@ -66,7 +66,7 @@ class EvaluateConfig:
     def tasks_at(self, length: int) -> tuple[str, ...]:
         """The tasks that are measured at one of the lengths."""
         split = (task.partition("@") for task in self.tasks)
-        return tuple(task for task, at, only in split if not at or only == str(length))
+        return tuple(dict.fromkeys(task for task, at, only in split if not at or only == str(length)))
 
 
 def evaluate(
@@ -91,7 +91,7 @@ def evaluate(
     Returns
     -------
     list of Row
-        By rising length, then in the order of tasks and methods given.
+        By rising length, in the order of `TASKS`, then in that of the methods given.
 
     Raises
     ------
@@ -100,7 +100,8 @@ def evaluate(
     PlanError
         If a plan does not fit the model.
     """
-    return measure(loaded, prepare(loaded, plans, config), plans, config, progress, known, keep)
+    rows = measure(loaded, prepare(loaded, plans, config), plans, config, progress, known, keep)
+    return in_order(rows, list(plans))
 
 
 def prepare(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: EvaluateConfig) -> list["Measures"]:
@@ -118,7 +119,7 @@ def measure(
     known: Sequence[Row] = (),
     keep: Callable[[Sequence[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """What `evaluate` returns, for prompts and texts that are `prepare`d."""
+    """The rows that `evaluate` returns, as they are measured, for prompts and texts that are `prepare`d."""
     have = {(row.method, row.task, row.length): row for row in known}
     rows = []
     work = [(at, task, name) for at in measures for task in (*config.tasks_at(at.length), KV_MB) for name in plans]
@@ -160,6 +161,8 @@ def _check(loaded: LoadedModel, plans: Mapping[str, Plan | None], config: Evalua
             raise InputError(f"unknown task {task!r}; expected {', '.join(TASKS)}")
         if at and only not in map(str, config.lengths):
             raise InputError(f"task {entry!r} asks for a length that is none of {config.lengths}")
+    if min(config.lengths) < 2:
+        raise InputError(f"length {min(config.lengths)} has no token that another predicts; choose 2 or more")
     if max(config.lengths) > loaded.context_length:
         raise InputError(
             f"length {max(config.lengths):,} is beyond the context of {loaded.name}, {loaded.context_length:,} tokens; "

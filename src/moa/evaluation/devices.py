@@ -12,7 +12,7 @@ from typing import Any
 from moa.errors import InputError
 from moa.evaluation.compare import EvaluateConfig, Measures, measure, prepare
 from moa.evaluation.rows import ANSWERED, Row, in_order
-from moa.models import LoadedModel, load_model
+from moa.models import LoadedModel, device_name, load_model
 from moa.plan import Plan
 from moa.progress import SILENT, Progress
 from moa.search.items import CalibrationItem
@@ -47,6 +47,7 @@ def evaluate_on(
     InputError, PlanError
         As `evaluate`, and if speed is to be measured on a device that is named several times.
     """
+    devices = [device_name(device) for device in devices]
     shared = [device for device, times in Counter(devices).items() if times > 1]
     if shared and config.decode_steps:
         raise InputError(

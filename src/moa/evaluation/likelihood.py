@@ -28,7 +28,9 @@ def text_chunks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, most
     ids = TokenStream.of(tokenizer, text).ids
     tokens = length - len(first)
     if tokens > len(ids):
-        raise InputError(f"the text has {len(ids):,} tokens, and {tokens:,} are needed; give more text")
+        raise InputError(
+            f"the text has {len(ids):,} tokens, and {tokens:,} are needed; choose a shorter length, or give more text"
+        )
     starts = np.linspace(0, len(ids) - tokens, min(most, len(ids) // tokens)).astype(np.int64)
     return np.stack([np.concatenate([first, ids[start : start + tokens]]) for start in starts])
 

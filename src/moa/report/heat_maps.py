@@ -27,10 +27,8 @@ def heat_maps(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     InputError
         If no row is of a retrieval task, matplotlib is not installed, or the file cannot be written.
     """
+    check_drawing([row.task for row in rows])
     shown = [row for row in rows if row.task in RETRIEVAL]
-    if not shown:
-        raise InputError("a heat map needs a retrieval task, such as passkey; none was measured")
-    check_drawing()
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row.task for row in shown))
@@ -58,8 +56,10 @@ def heat_maps(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
 
 
-def check_drawing() -> None:
-    """Raise InputError if matplotlib is not installed."""
+def check_drawing(tasks: Sequence[str]) -> None:
+    """Raise InputError if none of the tasks is a retrieval task, or matplotlib is not installed."""
+    if not set(tasks) & set(RETRIEVAL):
+        raise InputError("a heat map needs a retrieval task, such as passkey; none is measured")
     if find_spec("matplotlib") is None:
         raise InputError("a heat map needs matplotlib: pip install 'moa-spans[report]'")
 

@@ -54,7 +54,7 @@ def _table(rows: Sequence[Row]) -> Table:
             heading,
             justify="left" if method else "right",
             overflow="fold",  # where a terminal is narrow headings go on below, numbers stay whole
-            width=min(longest, _NAME) if method else None,
+            width=min(max(longest, len(heading)), _NAME) if method else None,
             min_width=None if method else longest,
         )
     for line, following in pairwise([*lines, None]):

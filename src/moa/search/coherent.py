@@ -102,7 +102,9 @@ def candidates(
             )
     rules = Rules.within(items, config).told_by(items)
     ends = RuleGrid(tuple(ElasticRule(rules.alpha[end], rules.beta[end]) for end in (0, -1)))
-    starts = [*found, *optimize(losses, replace(config, grid=ends, points=1))]
+    starts = list(found)
+    with suppress(InfeasibleBudgetError):  # the rule that is cheapest on the whole need not be so at every length
+        starts += optimize(losses, replace(config, grid=ends, points=1))
     numbers = [rules.numbers(start.alpha, start.beta) for start in starts]
     best = improve(numbers, CoherentLoss(items, weights, rules), Budget(rules, config), progress)
     return [*found, ParetoPlan.of(rules, best, losses)]

@@ -6,7 +6,6 @@ Each stage is a function from the last stage's result to the next; `moa.search.r
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -169,6 +168,7 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
     inputs = {
         "model": asdict(loaded.identity),
         "name": loaded.name,
+        "weights": loaded.weights,
         "dtype": str(loaded.model.dtype),
         "text": text.description,
         "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
@@ -196,16 +196,13 @@ def run_profile(
     run: Run, loaded: LoadedModel, calibration: Calibration, upstream: str, estimator: Estimator
 ) -> tuple[Profile, str]:
     """Second stage: loss tables by real gradients; resumes item by item."""
-    inputs = {"calibrate": upstream, "estimator": str(estimator)}
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def compute(folder: Path) -> Profile:
-        items = folder / f"items-{key}"
-        result = profile(loaded, calibration.profile, ProfileConfig(estimator), run.progress, items)
+        result = profile(loaded, calibration.profile, ProfileConfig(estimator), run.progress, folder / "items")
         result.save(folder / "tables.safetensors")
         return result
 
-    return run.stage("profile", inputs, _load_profile, compute)
+    return run.stage("profile", {"calibrate": upstream, "estimator": str(estimator)}, _load_profile, compute)
 
 
 def run_optimize(
@@ -367,7 +364,9 @@ def search(
         The one that validation chose; see `moa.search.validate.best`.
     """
     data, budget = data or DataConfig(), budget or BudgetConfig()
+    lengths = data.resolved(loaded.context_length).lengths or ()
     check_density(budget.density)  # before the long stages
+    budget.config(lengths)
     run = Run(folder, progress)
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)
@@ -389,17 +388,30 @@ def calibrated(run: Run, loaded: LoadedModel) -> tuple[Calibration, str]:
         If it is not there, or was made with another model.
     """
     inputs, key = run.finished("calibrate")
-    if inputs["model"] != asdict(loaded.identity):
+    if inputs.get("weights") != loaded.weights:
         raise InputError(
-            f"{run.folder} was calibrated with {inputs['name']}, not with {loaded.name}; use another --run-dir"
+            f"{run.folder} was calibrated with {inputs['name']} in {inputs['dtype']}, and the weights of {loaded.name} "
+            f"in {loaded.model.dtype} are not the same; use another --run-dir"
         )
     return Calibration.load(run.folder / "calibrate"), key
 
 
 def profiled(run: Run) -> tuple[Profile, str, ModelIdentity]:
-    """The finished profile stage, its key, and the model."""
-    _, key = run.finished("profile")
-    return _load_profile(run.folder / "profile"), key, ModelIdentity(**run.finished("calibrate")[0]["model"])
+    """The finished profile stage, its key, and the model.
+
+    Raises
+    ------
+    InputError
+        If it is not there, or calibrate was run again since.
+    """
+    inputs, key = run.finished("profile")
+    calibrated_with, calibrate_key = run.finished("calibrate")
+    if inputs["calibrate"] != calibrate_key:
+        raise InputError(
+            f"{run.folder}: calibrate was run again after profile, whose tables are of what it gave before; run "
+            "`moa profile` again"
+        )
+    return _load_profile(run.folder / "profile"), key, ModelIdentity(**calibrated_with["model"])
 
 
 def optimized(run: Run) -> tuple[list[Plan], str, dict[str, float], BudgetConfig]:

@@ -236,7 +236,7 @@ def _measure(loaded: LoadedModel, item: CalibrationItem, config: ProfileConfig) 
 def _file_name(loaded: LoadedModel, key: tuple[int, str], item: CalibrationItem, estimator: Estimator) -> str:
     """Name of an item's file: the same only for the same measurement."""
     digest = hashlib.sha256(np.asarray(item.input_ids, np.int64).tobytes())
-    digest.update(repr((item.loss.tolist(), str(estimator), loaded.name, loaded.identity)).encode())
+    digest.update(repr((item.loss.tolist(), str(estimator), loaded.weights, loaded.identity)).encode())
     return f"{key[0]}-{key[1]}-{digest.hexdigest()[:16]}.safetensors"
 
 

@@ -2,7 +2,7 @@
 
 Every plan runs for real, also at a length that was not profiled. Held-out items are few: that one plan loses less there
 than another may be chance, and the standard error of the difference says how easily. So of all plans that lose no more
-than the best one, but for that error, the plan is taken that lost least where refine measured.
+than the best one, but for two such errors, the plan is taken that lost least where refine measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,10 @@ from moa.progress import SILENT, Progress
 from moa.search.divergence import Divergence, means
 from moa.search.items import CalibrationSet
 
-RULE = "least-measured-within-error"  # part of the keys of results, as `moa.search.divergence.MEASURE`
+RULE = "least-measured-within-two-errors"  # part of the keys of results, as `moa.search.divergence.MEASURE`
+
+# So many standard errors of a difference may be chance: one would be few even if the items were independent.
+_ERRORS = 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def validate(
 
 
 def best(rows: Sequence[ValidationRow], measured: Sequence[float]) -> ValidationRow:
-    """Of the rows whose loss is the lowest, or above it by no more than their error, the one that was best before.
+    """Of the rows whose loss is the lowest, or above it by no more than two errors, the one that was best before.
 
     Parameters
     ----------
@@ -69,7 +72,7 @@ def best(rows: Sequence[ValidationRow], measured: Sequence[float]) -> Validation
         lowest loss is taken.
     """
     lowest = lowest_of(rows)
-    near = [lowest, *(row for row in rows if row.loss - row.error <= lowest.loss)]
+    near = [lowest, *(row for row in rows if row.loss - _ERRORS * row.error <= lowest.loss)]
     return min(near, key=lambda row: (measured[row.plan], row.loss))
 
 

@@ -41,7 +41,7 @@ def server_command(
     PlanError
         If the plan cannot be read, is for another model, or cannot be served on so many ranks.
     """
-    if any(option.split("=")[0] == _OVERRIDES for option in options):
+    if any(_name(option) == _OVERRIDES for option in options):
         raise InputError(f"moa serve sets {_OVERRIDES} itself; to pass your own, start vLLM as docs/serving.md says")
     config = load_config(model)
     check_servable(config)
@@ -59,11 +59,16 @@ def server_command(
     return [*server, "--served-model-name", model, _OVERRIDES, json.dumps(overrides), *options]
 
 
+def _name(option: str) -> str:
+    """What vLLM's parser takes an option for: underscores are dashes, and ``--name.key=value`` is a part of --name."""
+    return option.split("=")[0].split(".")[0].replace("_", "-")
+
+
 def _ranks(options: Sequence[str]) -> int:
     """Tensor-parallel ranks that vLLM's options ask for."""
     names = ("--tensor-parallel-size", "-tp")
     words = [word for option in options for word in option.split("=", 1)]
-    found = [words[place + 1] for place, word in enumerate(words[:-1]) if word in names]
+    found = [words[place + 1] for place, word in enumerate(words[:-1]) if _name(word) in names]
     try:
         return int(found[-1]) if found else 1
     except ValueError as error:
