@@ -28,8 +28,13 @@ def device_info(devices: Sequence[str]) -> dict[str, Any]:
 
 def arithmetic_info(devices: Sequence[str]) -> dict[str, Any]:
     """What a computed number depends on besides the code: of `device_info`, not how many cards or cores share work."""
-    names = _gpu_names(devices)
-    return {**_VERSIONS, "on": sorted(set(names)) if names else [_cpu_name(), torch.get_num_threads()]}
+    return {**_VERSIONS, "on": sorted({_kind(device_name(device)) for device in devices})}
+
+
+def _kind(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads" if device == "cpu" else device.partition(":")[0]
 
 
 _VERSIONS = {

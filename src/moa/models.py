@@ -77,7 +77,7 @@ class LoadedModel:
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             values = parameter.flatten()
-            some = values[:: max(1, len(values) // _DIGESTED)]
+            some = values[:: len(values) // _DIGESTED | 1]  # odd, so that it is not a row's length
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
             digest.update(some.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -26,7 +26,7 @@ from moa.cache import SpanCache
 from moa.decode_graph import DecodeGraphs
 from moa.errors import CacheError, UnsupportedModelError
 from moa.plan import ModelIdentity, Plan
-from moa.support import check_plannable, text_part
+from moa.support import check_plannable, masked_window, text_part
 
 NAME = "moa_span"
 _TOKENS_AT_ONCE = 16384  # of all rows together; a longer prompt is read in chunks, whose activations take less memory
@@ -42,7 +42,6 @@ def prompt_chunk(rows: int) -> int:
 class _InForce:
     plan: Plan
     backend: str | None
-    window: int | None  # the layer's own
 
 
 _IN_FORCE: "weakref.WeakKeyDictionary[torch.nn.Module, _InForce]" = weakref.WeakKeyDictionary()  # by attention module
@@ -90,7 +89,7 @@ class AppliedPlan:
         self._previous = previous if name is None else {name: previous}
         for module in self.model.modules():
             if hasattr(module, "layer_idx"):
-                _IN_FORCE[module] = _InForce(self.plan, self.backend, _window_of(module, text))
+                _IN_FORCE[module] = _InForce(self.plan, self.backend)
         # on the object alone; nn.Module's types only know tensors and modules
         object.__setattr__(self.model, "_prepare_cache_for_generation", self._prepare_cache)
         self._graphs = DecodeGraphs(self.model, self.model.forward, self._compiles)
@@ -210,7 +209,7 @@ def _attention(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError("under a plan the attention mask must be 2-D [rows, tokens], ones for real tokens")
     if sliding_window is None:
-        sliding_window = in_force.window
+        sliding_window = masked_window(module)
     options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux, sliding_window)
     valid = None if attention_mask is None else attention_mask.cpu().numpy()
     handle = getattr(key, "span_cache", None)
@@ -227,19 +226,6 @@ def _attention(
     else:
         output = _without_cache(in_force, module.layer_idx, query, key, value, valid, options)
     return output.transpose(1, 2).contiguous(), None
-
-
-_WINDOW_IN_MASK = {"phimoe", "qwen2_moe"}  # whose attention is not told of its layer's sliding window
-
-
-def _window_of(module: Any, text: Any) -> int | None:
-    """A layer's own sliding window, where its attention leaves it to the mask alone."""
-    if text.model_type not in _WINDOW_IN_MASK:
-        return None
-    kinds = getattr(text, "layer_types", None)
-    slides = kinds is None or kinds[module.layer_idx] == "sliding_attention"
-    window: int | None = text.sliding_window if slides else None
-    return window
 
 
 def _check_nothing_cached_is_hidden(cache: SpanCache, mask: torch.Tensor | None) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from moa.errors import UnsupportedModelError
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_WINDOW_IN_MASK = {"phimoe", "qwen2_moe"}  # whose attention is not told of its layer's sliding window
 
 
 def text_part(model: PreTrainedModel) -> tuple[str | None, Any]:
@@ -35,3 +36,14 @@ def check_plannable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{text.model_type} has layers of type {sorted(foreign)}; plans cover {sorted(_LAYER_TYPES)}"
         )
+
+
+def masked_window(module: Any) -> int | None:
+    """Tokens that an attention module's layer sees where the model leaves its sliding window to the mask, else None."""
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "model_type", None) not in _WINDOW_IN_MASK:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or kinds[module.layer_idx] == "sliding_attention"
+    window: int | None = config.sliding_window if slides else None
+    return window

@@ -54,7 +54,8 @@ def test_a_machine_has_each_gpu_once_however_many_processes_share_it(monkeypatch
     assert device_info(["cuda", "cuda:0", "auto"])["gpu"] == "1 x NVIDIA A"
     assert "gpu" not in device_info(["cpu:0"])
     assert arithmetic_info(["cuda:1", "cuda:2"]) == arithmetic_info(["cuda:1"]) != arithmetic_info(["cuda:0"])
-    assert arithmetic_info(["cpu"]) not in (arithmetic_info(["cuda:0"]), arithmetic_info(["cuda:1"]))
+    kinds = [arithmetic_info(each) for each in (["cpu"], ["cuda:0"], ["cuda:1"], ["cpu", "cuda:0"], ["mps"])]
+    assert len({str(kind) for kind in kinds}) == len(kinds)
 
 
 def test_one_short_method_leaves_the_heading_whole():

@@ -216,7 +216,10 @@ def test_a_run_with_other_weights_is_refused(finished, demo_model):
     assert pipeline.calibrated(Run(finished[0]), demo_model)[1]
     other = replace(demo_model)
     vars(other)["weights"] = "of another checkpoint"
-    with pytest.raises(InputError, match=r"calibrated with demo in torch\.float32, and the weights of demo"):
+    with pytest.raises(InputError, match=r"calibrated with demo in torch\.float32, and config or weights of demo"):
+        pipeline.calibrated(Run(finished[0]), other)
+    other = replace(demo_model, identity=replace(demo_model.identity, fingerprint="other rotary positions"))
+    with pytest.raises(InputError, match="config or weights of demo"):
         pipeline.calibrated(Run(finished[0]), other)
 
 

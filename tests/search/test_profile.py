@@ -35,6 +35,22 @@ WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_win
 EXTRA = {
     "gemma2": {**WINDOWED, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0},
     "gpt_oss": {**WINDOWED, "num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 150,
+        "max_window_layers": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "experts_implementation": "eager",
+    },
+    "phimoe": {
+        "sliding_window": 150,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "experts_implementation": "eager",
+    },
     "opt": {
         "num_key_value_heads": 4,
         "dropout": 0.5,
@@ -92,7 +108,7 @@ _CALLS = []
 
 
 def _recording_attention(module, query, key, value, mask, scaling, softcap=None, s_aux=None, sliding_window=None, **_):
-    options = AttentionOptions(scaling, softcap, s_aux, sliding_window)
+    options = AttentionOptions(scaling, softcap, s_aux, sliding_window if mask is None else int(mask))
     out = span_attention(query, key, value, torch.full(key.shape[:2], key.shape[2]), 64, options)
     out.retain_grad()
     _CALLS.append((query, key, value, out, options))
@@ -100,7 +116,10 @@ def _recording_attention(module, query, key, value, mask, scaling, softcap=None,
 
 
 AttentionInterface.register("recording", _recording_attention)
-AttentionMaskInterface.register("recording", lambda **_: None)
+# in place of a mask the window that it would apply, which not all models hand to their attention as well
+AttentionMaskInterface.register(
+    "recording", lambda local_size=None, **_: None if local_size is None else torch.tensor(local_size)
+)
 
 
 def tables_by_definition(loaded, given, estimator):
@@ -121,7 +140,7 @@ def tables_by_definition(loaded, given, estimator):
 
 
 @pytest.mark.parametrize("estimator", Estimator)
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "qwen2_moe", "phimoe", "opt"])
 def test_the_profile_is_the_definition_applied_to_the_model(model_type, estimator):
     loaded, calibration = tiny(model_type), one()
     table = profile(loaded, calibration, ProfileConfig(estimator)).tables[300, "retrieval"][0]

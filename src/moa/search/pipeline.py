@@ -314,7 +314,10 @@ def run_validate(
         return rows
 
     def read(folder: Path) -> list[ValidationRow]:
-        return [ValidationRow(**row) for row in read_json(folder / "table.json")]
+        try:
+            return [ValidationRow(**row) for row in read_json(folder / "table.json")]
+        except TypeError as error:  # another version's
+            raise InputError(f"{folder / 'table.json'} has not what this version writes ({error})") from error
 
     inputs = {"plans": upstream, "weights": dict(weights), "measure": MEASURE, "rule": RULE}
     rows, _ = run.stage("validate", inputs, read, compute)
@@ -388,10 +391,10 @@ def calibrated(run: Run, loaded: LoadedModel) -> tuple[Calibration, str]:
         If it is not there, or was made with another model.
     """
     inputs, key = run.finished("calibrate")
-    if inputs.get("weights") != loaded.weights:
+    if (inputs.get("weights"), inputs["model"]) != (loaded.weights, asdict(loaded.identity)):
         raise InputError(
-            f"{run.folder} was calibrated with {inputs['name']} in {inputs['dtype']}, and the weights of {loaded.name} "
-            f"in {loaded.model.dtype} are not the same; use another --run-dir"
+            f"{run.folder} was calibrated with {inputs['name']} in {inputs['dtype']}, and config or weights of "
+            f"{loaded.name} in {loaded.model.dtype} are not the same; use another --run-dir"
         )
     return Calibration.load(run.folder / "calibrate"), key
 

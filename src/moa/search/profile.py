@@ -29,7 +29,7 @@ from moa.plan import ModelIdentity
 from moa.progress import SILENT, Progress
 from moa.search.influence import Estimator, InfluenceCollector, influence_attention
 from moa.search.items import CalibrationItem, CalibrationSet
-from moa.support import check_plannable, text_part
+from moa.support import check_plannable, masked_window, text_part
 
 NAME = "moa_influence"
 
@@ -363,6 +363,8 @@ def _attention(
             f"({identity}); latent attention (MLA) and layers of different shapes cannot be profiled"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is None:
+        sliding_window = masked_window(module)
     options = AttentionOptions(scaling, softcap, s_aux, sliding_window)
     out = influence_attention(query[0], key[0], value[0], options, collector, module.layer_idx)
     return out.transpose(0, 1).unsqueeze(0).contiguous(), None

@@ -8,6 +8,7 @@ computed again. One process at a time works in a run directory.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from moa.errors import InputError
+from moa.errors import InputError, PlanError
 from moa.files import check_writable, read_json, write_json
 from moa.progress import SILENT, Progress
 
@@ -27,7 +28,7 @@ class Run:
 
     def __init__(self, folder: Path, progress: Progress = SILENT):
         self.folder, self.progress = folder, progress
-        self._lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+        self._lock = FileLock(folder.resolve() / ".lock", timeout=0, thread_local=False, is_singleton=True)
 
     def stage(
         self, name: str, inputs: Mapping[str, Any], read: Callable[[Path], T], compute: Callable[[Path], T]
@@ -48,14 +49,14 @@ class Run:
         key = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.folder / name
         manifest = folder / "manifest.json"
-        if manifest.is_file() and read_json(manifest).get("key") == key:
-            try:
+        try:
+            if manifest.is_file() and read_json(manifest).get("key") == key:
                 result = read(folder)
-            except InputError as error:
-                self.progress.say(f"{name}: was done, but {error}; done again")
-            else:
                 self.progress.say(f"{name}: already done, read from {folder}")
                 return result, key
+        except (InputError, PlanError) as error:
+            self.progress.say(f"{name}: was done, but {error}; done again")
+        check_writable(manifest)
         manifest.unlink(missing_ok=True)  # from here on the folder's result is not that of the old key
         started = time.perf_counter()
         result = compute(folder)
@@ -64,8 +65,8 @@ class Run:
         return result, key
 
     def _take(self) -> None:
-        if self._lock.is_locked:
-            return
+        if self._lock.is_locked or (self.folder.is_dir() and not os.access(self.folder, os.W_OK)):
+            return  # what cannot be written can still be read
         check_writable(self.folder / ".lock")
         try:
             self._lock.acquire()
@@ -73,7 +74,11 @@ class Run:
             raise InputError(
                 f"another process works in {self.folder}; wait for it, or choose another --run-dir"
             ) from error
-        except NotImplementedError:
+        except PermissionError as error:
+            raise InputError(
+                f"cannot lock {self.folder}: {error}; delete its .lock, or choose another --run-dir"
+            ) from error
+        except (NotImplementedError, OSError):
             self.progress.say(f"{self.folder} is on a file system without locks: run one search at a time there")
 
     def finished(self, name: str) -> tuple[dict[str, Any], str]:
