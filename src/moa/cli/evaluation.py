@@ -68,7 +68,7 @@ def evaluate(
     from moa.evaluation.rows import TASKS, Row, effective_lengths
     from moa.files import check_writable, write_json, write_text
     from moa.machine import arithmetic_info, device_info
-    from moa.models import device_name, load_config
+    from moa.models import load_config
     from moa.plan import ModelIdentity, Plan
     from moa.progress import Progress
     from moa.report.heat_maps import check_drawing, heat_maps
@@ -108,7 +108,7 @@ def evaluate(
         methods[name] = rules
     if not methods:
         raise InputError("nothing to evaluate; give a --plan, or --against dense")
-    devices = [device_name(each) for each in device.split(",")]
+    devices = device.split(",")
     command, machine = "moa " + " ".join(sys.argv[1:]), device_info(devices)
     told = {name: chosen and chosen.to_dict() for name, chosen in methods.items()}
     backend = os.environ.get("MOA_BACKEND", "")

@@ -366,10 +366,9 @@ def search(
     Plan
         The one that validation chose; see `moa.search.validate.best`.
     """
-    data, budget = data or DataConfig(), budget or BudgetConfig()
-    lengths = data.resolved(loaded.context_length).lengths or ()
+    data, budget = (data or DataConfig()).resolved(loaded.context_length), budget or BudgetConfig()
     check_density(budget.density)  # before the long stages
-    budget.config(lengths)
+    budget.config(data.lengths or ())
     run = Run(folder, progress)
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)

@@ -6,6 +6,7 @@ second call resumes, and a changed setting redoes what depends on it and nothing
 computed again. One process at a time works in a run directory.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from moa.files import check_writable, read_json, write_json
 from moa.progress import SILENT, Progress
 
 T = TypeVar("T")
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system says that has none
 
 
 class Run:
@@ -74,11 +77,11 @@ class Run:
             raise InputError(
                 f"another process works in {self.folder}; wait for it, or choose another --run-dir"
             ) from error
-        except PermissionError as error:
-            raise InputError(
-                f"cannot lock {self.folder}: {error}; delete its .lock, or choose another --run-dir"
-            ) from error
-        except (NotImplementedError, OSError):
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise InputError(
+                    f"cannot lock {self.folder}: {error}; delete its .lock, or choose another --run-dir"
+                ) from error
             self.progress.say(f"{self.folder} is on a file system without locks: run one search at a time there")
 
     def finished(self, name: str) -> tuple[dict[str, Any], str]:
