@@ -287,6 +287,7 @@ def test_eval_goes_on_where_the_same_measurement_was_interrupted(demo_plan, tmp_
         (("bench", "throughput", "demo", "--json", "table"), "ends in .json"),
         (("bench", "throughput", "demo", "--batch", "1,4"), "--batch '1,4'"),
         (("bench", "throughput", "demo", "--ladder", "--batch", "4"), "leave --batch out"),
+        (("bench", "throughput", "demo", "--ladder", "--against", "none"), "leave --against out"),
         (("search", "demo", "-o", "OUT", "--mixture", "text=nan"), "--mixture"),
         (("eval", "demo", "--against", "magic"), "--against"),
         (("generate", "demo", "--plan", "PLAN", "--prompt", "Hello"), "another model"),

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 
@@ -40,8 +39,13 @@ def test_no_file_or_a_folder_is_refused(tmp_path):
         text_from_files([tmp_path])
 
 
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets", reason="datasets is not installed")
+
+
 @pytest.mark.parametrize("form", ["json", "jsonl", "csv", "txt", "saved"])
-def test_local_data_sets_give_their_rows_in_order(tmp_path, form):
+def test_local_data_sets_give_their_rows_in_order(tmp_path, datasets, form):
     rows = [{"text": "one tide", "year": 1} for _ in range(3)] + [{"text": "last spring", "year": 2}]
     path = tmp_path / f"data.{form}"
     if form in ("json", "jsonl"):
@@ -55,6 +59,7 @@ def test_local_data_sets_give_their_rows_in_order(tmp_path, form):
     assert text_from_dataset(str(path)).text.split() == ["one", "tide"] * 3 + ["last", "spring"]
 
 
+@pytest.mark.usefixtures("datasets")
 def test_a_column_can_be_chosen_and_must_hold_text(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"question": "why", "answer": "because", "year": 1}))
@@ -64,6 +69,7 @@ def test_a_column_can_be_chosen_and_must_hold_text(tmp_path):
             text_from_dataset(str(path), column=column)
 
 
+@pytest.mark.usefixtures("datasets")
 def test_data_sets_that_cannot_be_read_are_refused(tmp_path):
     path = tmp_path / "data.json"
     path.write_text('{"text": "fine"}')

@@ -11,6 +11,8 @@ import typer
 from moa.cli.options import Device, DType, Quiet, densities_of, load, numbers_of, out, plans_of
 from moa.errors import InputError
 
+_AGAINST = "dense-dynamic,dense-static,uniform"
+
 
 def attention(
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, and a .md table beside.")] = None,
@@ -46,9 +48,7 @@ def throughput(
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="A plan file (repeat the option).")] = None,
     density: Annotated[str, typer.Option(help="Without a --plan: densities of typical plans.")] = "0.5",
-    against: Annotated[str, typer.Option(help="Of dense-dynamic, dense-static, uniform; or none.")] = (
-        "dense-dynamic,dense-static,uniform"
-    ),
+    against: Annotated[str, typer.Option(help="Of dense-dynamic, dense-static, uniform; or none.")] = _AGAINST,
     lengths: Annotated[str, typer.Option(help="Total lengths N, prompt and new tokens.")] = "4096",
     batch: Annotated[str, typer.Option(help="Sequences at once, or max: as many as fit on the GPU.")] = "1",
     ladder: Annotated[
@@ -91,6 +91,8 @@ def throughput(
     densities = [] if plans else densities_of(density)
     if ladder and batch != "1":
         raise InputError("--ladder takes as many sequences as fit; leave --batch out")
+    if ladder and against != _AGAINST:
+        raise InputError("--ladder has its own rungs from dense on; leave --against out")
     if ladder and len(plans) + len(densities) != 1:
         raise InputError("--ladder takes one --plan or one --density")
     on = pick_device(device)
