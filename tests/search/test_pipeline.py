@@ -15,9 +15,10 @@ from moa.search import profile as profile_stage
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
-from moa.search.pipeline import BudgetConfig, Calibration, DataConfig, run_optimize, search
+from moa.search.pipeline import Calibration, run_optimize, search
 from moa.search.profile import Profile
 from moa.search.run import Run
+from moa.search.settings import BudgetConfig, DataConfig
 from moa.search.tables import window_count
 from moa.search.text import TextSource, default_text
 from moa.search.validate import ValidationRow

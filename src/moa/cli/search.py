@@ -77,8 +77,8 @@ def search(
     from moa.files import check_writable
     from moa.progress import Progress
     from moa.search.influence import Estimator
-    from moa.search.pipeline import BudgetConfig, DataConfig
     from moa.search.pipeline import search as run_search
+    from moa.search.settings import BudgetConfig, DataConfig
 
     check_writable(output)
     data = DataConfig(
@@ -109,7 +109,8 @@ def calibrate(
     quiet: Quiet = False,
 ) -> None:
     """First stage: build items whose answers the dense model writes itself."""
-    from moa.search.pipeline import DataConfig, run_calibrate
+    from moa.search.pipeline import run_calibrate
+    from moa.search.settings import DataConfig
 
     data = DataConfig(
         numbers_of(lengths, "--lengths"), validation_length, items, validation_items, weights_of(mixture), seed
@@ -152,7 +153,8 @@ def optimize(
     quiet: Quiet = False,
 ) -> None:
     """Third stage: choose a rule for every KV head within the budget; several plans."""
-    from moa.search.pipeline import BudgetConfig, profiled, run_optimize
+    from moa.search.pipeline import profiled, run_optimize
+    from moa.search.settings import BudgetConfig
 
     run = open_run(run_dir, quiet)
     tables, key, identity = profiled(run)

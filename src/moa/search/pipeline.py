@@ -6,8 +6,8 @@ Each stage is a function from the last stage's result to the next; `moa.search.r
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.coherent import candidates
-from moa.search.defaults import ITEMS, VALIDATION_ITEMS, WEIGHTS
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
@@ -30,116 +29,14 @@ from moa.search.items import CalibrationSet
 from moa.search.optimize import ParetoPlan, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import SINKS, refine
-from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.run import Run
+from moa.search.settings import BudgetConfig, DataConfig
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import RULE, ValidationRow, best, lowest_of, validate
 
 _EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is calibrated and validated on.
-
-    Attributes
-    ----------
-    lengths : tuple of int, optional
-        Profile lengths; by default L/4, L/2 and L with L = 8192, or less where the model's context is shorter.
-    validation_length : int, optional
-        Held-out items have this length and the profile lengths; by default half as long again as the longest of them.
-    items, validation_items : int
-        Items per length and source.
-    weights : dict
-        Calibration sources, and what each one counts, in loss tables and in measured losses.
-    seed : int
-    """
-
-    lengths: tuple[int, ...] | None = None
-    validation_length: int | None = None
-    items: int = ITEMS
-    validation_items: int = VALIDATION_ITEMS
-    weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
-    seed: int = 0
-
-    def resolved(self, context_length: int) -> "DataConfig":
-        """With the default lengths for a model of this context filled in.
-
-        Raises
-        ------
-        InputError
-            If a length is beyond the context, or nothing is asked for.
-        """
-        lengths = self.lengths
-        if lengths == () or self.items < 1 or self.validation_items < 1:
-            raise InputError("a search needs at least one length, one item and one validation item")
-        if lengths is None:
-            longest = min(8192, 64 * int(context_length / 1.5 // 64))
-            lengths = tuple(sorted({64 * (longest // share // 64) for share in (4, 2, 1)}))
-        validation = self.validation_length or 64 * round(1.5 * max(lengths) / 64)
-        if self.validation_length is None:
-            validation = min(validation, context_length)
-        for length in (*lengths, validation):
-            if length > context_length:
-                raise InputError(
-                    f"length {length} is beyond the model's context of {context_length} tokens; give shorter --lengths"
-                )
-        return replace(self, lengths=tuple(sorted(set(lengths))), validation_length=validation)
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """What the plan may cost.
-
-    Attributes
-    ----------
-    density : float
-        Stored KV tokens over all KV tokens, at every constrained length.
-    constrained : tuple of int, optional
-        Lengths beside the profile lengths at which the density must hold; by default twice the longest.
-    rules_per_layer : int, optional
-        At most so many distinct rules in a layer (the paper: 2).
-    grid : str
-        "scaled", "paper", "proportional" or "binary"; see `moa.search.rules.RuleGrid`.
-    points : int
-        Cuts of each objective's range.
-    evaluations : int, optional
-        Plans to measure in the refine stage; 0 leaves it out. By default 640, and at least ten for each KV head.
-    """
-
-    density: float = 0.5
-    constrained: tuple[int, ...] | None = None
-    rules_per_layer: int | None = None
-    grid: str = "scaled"
-    points: int = 1
-    evaluations: int | None = None
-
-    def config(self, lengths: Iterable[int]) -> OptimizeConfig:
-        """What the optimizer takes, for these profile lengths.
-
-        Raises
-        ------
-        InputError
-            If there is no such grid.
-        """
-        longest = max(lengths)
-        grids = {
-            "scaled": RuleGrid.scaled(longest),
-            "paper": RuleGrid.paper(),
-            "proportional": RuleGrid.proportional(),
-            "binary": RuleGrid.binary(),
-        }
-        if self.grid not in grids:
-            raise InputError(f"unknown grid {self.grid!r}; expected one of {sorted(grids)}")
-        return OptimizeConfig(
-            density=self.density,
-            lengths_constrained=(2 * longest,) if self.constrained is None else self.constrained,
-            rules_per_layer=self.rules_per_layer,
-            points=self.points,
-            grid=grids[self.grid],
-        )
 
 
 @dataclass(frozen=True)
