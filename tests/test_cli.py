@@ -1,8 +1,10 @@
 """The command line: what it prints, and that bad input is one line and a non-zero exit."""
 
+import contextlib
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from moa.evaluation.rows import Row
 from moa.models import locate
 from moa.progress import SILENT
 
+DATA = ("--lengths", 320, "--items", 1, "--validation-items", 1, "--validation-length", 384)  # of a search
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
 
 
@@ -118,17 +121,27 @@ def test_the_backend_is_an_option_of_every_command(capsys, monkeypatch):
     assert "magic" in complaint(capsys, "--backend", "magic", "env")
 
 
-def test_stages_one_by_one_give_the_plan_of_the_search(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """A run directory that holds the stages calibrate and profile, to be copied."""
+    common = ("--run-dir", tmp_path_factory.mktemp("runs") / "profiled", "--quiet")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert run("calibrate", "demo", *DATA, *common) == 0
+        assert run("profile", "demo", *common) == 0
+    assert said.getvalue() == "", "--quiet is quiet"
+    return common[1]
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_give_the_plan_of_the_search(profiled, tmp_path, capsys):
+    shutil.copytree(profiled, tmp_path / "run")
     common = ("--run-dir", tmp_path / "run", "--quiet")
-    data = ("--lengths", 320, "--items", 1, "--validation-items", 1, "--validation-length", 384)
-    assert run("calibrate", "demo", *data, *common) == 0
-    assert run("profile", "demo", *common) == 0
     assert run("optimize", "--density", 0.5, *common) == 0
     assert run("refine", "demo", "--refine", 9, *common) == 0
     assert "plans measured" in capsys.readouterr().out
     assert run("validate", "demo", "-o", tmp_path / "a.json", *common) == 0
     assert "retrieval" in capsys.readouterr().out
-    assert run("search", "demo", "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *data, *common) == 0
+    assert run("search", "demo", "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *DATA, *common) == 0
     assert moa.Plan.load(tmp_path / "a.json") == moa.Plan.load(tmp_path / "b.json")
     assert capsys.readouterr().err == "", "--quiet is quiet"
     assert run("profile", "demo", "--estimator", "paper", *common) == 0
@@ -158,26 +171,13 @@ def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_takes_baselines_from_a_search_and_draws(demo_model, tmp_path, capsys):
+def test_eval_takes_baselines_from_a_search_and_draws(profiled, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    shutil.copytree(profiled, tmp_path / "run")
     work = ("--run-dir", tmp_path / "run", "--quiet")
-    sizes = (
-        "--lengths",
-        512,
-        "--items",
-        1,
-        "--validation-items",
-        1,
-        "--validation-length",
-        576,
-        "--points",
-        1,
-        "--refine",
-        0,
-    )
     plan = tmp_path / "plan.json"
-    assert run("search", "demo", "-o", plan, "--density", 0.8, *sizes, *work) == 0
-    options = ("--tasks", "needle", "--items", 2, "--decode-steps", 0, "--lengths", 512)
+    assert run("search", "demo", "-o", plan, "--density", 0.8, "--refine", 0, *DATA, *work) == 0
+    options = ("--tasks", "needle", "--items", 2, "--decode-steps", 0, "--lengths", 320)
     drawn = ("--against", "per-layer,per-head,binary-heads", "--heat-map", tmp_path / "map.png")
     assert run("eval", "demo", "--plan", plan, *options, *drawn, *work) == 0
     shown = capsys.readouterr().out

@@ -10,8 +10,6 @@ import torch
 from moa.errors import InputError
 from moa.evaluation import tasks
 from moa.files import write_tensors
-from moa.models import LoadedModel
-from moa.plan import ModelIdentity
 from moa.progress import Progress
 from moa.search.calibrate import (
     RETRIEVAL,
@@ -24,18 +22,9 @@ from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.items import CalibrationSet
 from moa.search.retrieval import _Turn, evenly
 from moa.search.text import default_text
-from tiny_models import tiny_model
 
 TEXT = default_text().text[:60_000]
 WORDS = {value for kind in FACTS if not isinstance(kind.values, int) for value in kind.values}
-
-
-@pytest.fixture(scope="module")
-def random_model(demo_model):
-    """A model that answers nothing right, with a real tokenizer."""
-    tokenizer = demo_model.tokenizer
-    model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, eos_token_id=tokenizer.eos_token_id)
-    return LoadedModel(model, tokenizer, "random", ModelIdentity.of(model.config), 1024)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,8 @@
-"""The whole search on a real small model: it ends with a plan in budget, resumes, and redoes only what changed."""
+"""The whole search: on a real small model it ends with a plan in budget; it resumes, and redoes only what changed.
+
+What resumes and what is done again does not depend on the model, so a random one, of which a search takes seconds, is
+searched for that.
+"""
 
 import shutil
 from dataclasses import replace
@@ -35,6 +39,13 @@ def finished(demo_model, tmp_path_factory):
     return folder, search(demo_model, default_text(), folder, DATA, BUDGET)
 
 
+@pytest.fixture(scope="module")
+def small(random_model, tmp_path_factory):
+    """Folder and plan of a finished search of the random model."""
+    folder = tmp_path_factory.mktemp("runs") / "search"
+    return folder, search(random_model, default_text(), folder, DATA, BUDGET)
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """What really computes, in order."""
@@ -66,17 +77,16 @@ def test_a_search_ends_with_a_plan_within_its_budget(finished, demo_model):
     }
 
 
-@pytest.mark.slow
-def test_a_second_call_reads_and_a_changed_setting_redoes_its_stages_only(finished, demo_model, ran, monkeypatch):
-    folder, plan = finished
-    assert search(demo_model, default_text(), folder, DATA, BUDGET) == plan
+def test_a_second_call_reads_and_a_changed_setting_redoes_its_stages_only(small, random_model, ran, monkeypatch):
+    folder, plan = small
+    assert search(random_model, default_text(), folder, DATA, BUDGET) == plan
     assert ran == []
-    other = search(demo_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
+    other = search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["candidates", "refine", "validate"]
     assert other.density(640) > plan.density(640)
     ran.clear()
     monkeypatch.setattr(pipeline, "MEASURE", "another")
-    search(demo_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
+    search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["refine", "validate"]
 
 
@@ -111,8 +121,7 @@ def test_of_plans_that_validation_cannot_tell_apart_the_one_wins_that_was_measur
     assert len(ran) == 2
 
 
-@pytest.mark.slow
-def test_an_interrupted_search_goes_on_and_ends_with_the_same_plan(finished, demo_model, tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on_and_ends_with_the_same_plan(small, random_model, tmp_path, monkeypatch):
     measured = []
     real = profile_stage._measure
 
@@ -124,15 +133,15 @@ def test_an_interrupted_search_goes_on_and_ends_with_the_same_plan(finished, dem
 
     monkeypatch.setattr(profile_stage, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        search(demo_model, default_text(), tmp_path, DATA, BUDGET)
+        search(random_model, default_text(), tmp_path, DATA, BUDGET)
 
     def resumed(loaded, item, config):
         measured.append(item.answer_start)
         return real(loaded, item, config)
 
     monkeypatch.setattr(profile_stage, "_measure", resumed)
-    plan = search(demo_model, default_text(), tmp_path, DATA, BUDGET)
-    assert plan == finished[1]
+    plan = search(random_model, default_text(), tmp_path, DATA, BUDGET)
+    assert plan == small[1]
     assert len(measured) == 3, "the first item's table was kept"
 
 
@@ -224,24 +233,22 @@ def test_a_run_with_other_weights_is_refused(finished, demo_model):
         pipeline.calibrated(Run(finished[0]), other)
 
 
-@pytest.mark.slow
-def test_tables_are_not_taken_for_those_of_a_later_calibration(finished, demo_model, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "run")
+def test_tables_are_not_taken_for_those_of_a_later_calibration(small, random_model, tmp_path):
+    shutil.copytree(small[0], tmp_path / "run")
     run = Run(tmp_path / "run")
-    assert pipeline.profiled(run)[2] == demo_model.identity
-    pipeline.run_calibrate(run, demo_model, default_text(), replace(DATA, seed=1))
+    assert pipeline.profiled(run)[2] == random_model.identity
+    pipeline.run_calibrate(run, random_model, default_text(), replace(DATA, seed=1))
     with pytest.raises(InputError, match="calibrate was run again after profile"):
         pipeline.profiled(run)
 
 
-@pytest.mark.slow
-def test_other_validation_items_do_not_profile_again(finished, demo_model, tmp_path, monkeypatch):
-    shutil.copytree(finished[0], tmp_path / "run")
+def test_other_validation_items_do_not_profile_again(small, random_model, tmp_path, monkeypatch):
+    shutil.copytree(small[0], tmp_path / "run")
     monkeypatch.setattr(profile_stage, "_measure", lambda *_: pytest.fail("measured"))
     run = Run(tmp_path / "run")
-    again, key = pipeline.run_calibrate(run, demo_model, default_text(), replace(DATA, validation_items=2))
-    tables, _ = pipeline.run_profile(run, demo_model, again, key, Estimator.JOINT)
-    before, _, _ = pipeline.profiled(Run(finished[0]))
+    again, key = pipeline.run_calibrate(run, random_model, default_text(), replace(DATA, validation_items=2))
+    tables, _ = pipeline.run_profile(run, random_model, again, key, Estimator.JOINT)
+    before, _, _ = pipeline.profiled(Run(small[0]))
     assert all((tables.tables[key] == table).all() for key, table in before.tables.items())
 
 
