@@ -19,7 +19,7 @@ device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT-20
 declare -A mixtures=(
   [12.5]=retrieval=1,text=2.5,summary=0.25
   [25]=retrieval=1,text=5,summary=0.5
-  [50]=retrieval=1,text=1,summary=3
+  [50]=retrieval=1,text=1,summary=1
   [75]=retrieval=1,text=1,summary=3
 )
 (($#)) || set -- 12.5 25 50 75

@@ -4,6 +4,7 @@ With ``pytest -m gpu`` the same on an NVIDIA GPU, where the Triton kernels run.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -120,12 +121,16 @@ print(json.dumps({"held": held, "grown": grown}))
 @pytest.mark.slow
 def test_half_the_density_is_half_the_memory(demo_model):
     """Bytes of the cache at N = 4096, and growth of the whole process while the sequence grows to N."""
+    # glibc otherwise keeps some of what a chunk has given back, now more, now less
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     measured = {}
     for method in ("dense", "moa"):
-        run = subprocess.run([sys.executable, "-c", MEASURE, method], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", MEASURE, method], capture_output=True, text=True, check=True, env=environment
+        )
         measured[method] = json.loads(run.stdout)
     dense = moa.Plan.dense(demo_model.identity).kv_bytes(4096, torch.float32)
     assert measured["dense"]["held"] == dense
     assert measured["moa"]["held"] <= 0.51 * dense
     assert measured["dense"]["grown"] > 0.9 * dense, "the whole process shows what the cache takes"
-    assert measured["moa"]["grown"] <= 0.6 * measured["dense"]["grown"], measured
+    assert measured["moa"]["grown"] <= 0.55 * measured["dense"]["grown"], measured

@@ -115,24 +115,26 @@ def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_devices_measure_what_one_does(demo_model):
+def test_several_devices_measure_what_one_does(loaded, tmp_path):
+    loaded.tokenizer.save_pretrained(tmp_path)
+    loaded.model.save_pretrained(tmp_path)
     config = EvaluateConfig(
         (320,), items=2, tasks=("perplexity", "passkey", "answer_kl", "passkey@320"), decode_steps=0
     )
-    plans = {"dense": None, "half": Plan.uniform(demo_model.identity, 0.5)}
-    together = evaluate_on(["cpu", "cpu"], "demo", "float32", plans, config)
-    alone = evaluate(demo_model, plans, config)
-    assert [row.task for row in alone] == ["passkey"] * 2 + ["perplexity"] * 2 + ["answer_kl"] * 2 + ["kv_mb"] * 2
+    shares = {"half": 0.5, "quarter": 0.25}
+    plans = {"dense": None, **{name: Plan.uniform(loaded.identity, share) for name, share in shares.items()}}
+    alone = evaluate(loaded, plans, config)
+    assert [row.task for row in alone] == ["passkey"] * 3 + ["perplexity"] * 3 + ["answer_kl"] * 3 + ["kv_mb"] * 3
+    known = [replace(row, score=-1.0) for row in alone if row.method == "dense"]
+    kept = []
+    together = evaluate_on(["cpu", "cpu"], str(tmp_path), "float32", plans, config, SILENT, known, kept.extend)
     assert [(row.method, row.task, row.length, row.n) for row in together] == [
         (row.method, row.task, row.length, row.n) for row in alone
     ]
-    assert [row.score for row in together] == pytest.approx([row.score for row in alone], rel=1e-4)
-    marked = [replace(row, score=-1.0) for row in together]
-    kept = []
-    assert [
-        row.score for row in evaluate_on(["cpu"], "demo", "float32", plans, config, SILENT, marked, kept.extend)
-    ] == [-1.0] * len(marked), "what is known is not measured again"
-    assert {(row.method, row.task) for row in kept} == {(row.method, row.task) for row in marked}
+    for row, other in zip(together, alone, strict=True):
+        score = -1.0 if row.method == "dense" else pytest.approx(other.score, rel=1e-4)
+        assert row.score == score, "what is known is not measured again"
+    assert {(row.method, row.task) for row in kept} == {(row.method, row.task) for row in alone}
 
 
 def test_answers_are_made_once_and_only_where_something_is_to_be_read_on_them(loaded, monkeypatch):

@@ -111,9 +111,9 @@ def test_facts_share_no_word_with_the_names_of_the_evaluation():
 def test_facts_are_found_in_the_text_by_the_model_itself(demo_model):
     """In a conversation as well the model would give its answers."""
     decode = demo_model.tokenizer.decode
-    items = calibrate(demo_model, TEXT, CalibrateConfig((1024,), items=4, sources=(RETRIEVAL,))).items
+    items = calibrate(demo_model, TEXT, CalibrateConfig((512,), items=4, sources=(RETRIEVAL,))).items
     said, asked = [], []
-    for item in items[1024, RETRIEVAL]:
+    for item in items[512, RETRIEVAL]:
         prompt = decode(item.input_ids[: item.answer_start])
         for answer in answers_of(item):
             value = value_of(decode(answer))

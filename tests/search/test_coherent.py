@@ -109,7 +109,7 @@ def test_where_nothing_can_be_lost_nothing_is_exchanged():
 
 def test_candidates_are_the_optimizers_plans_those_of_shares_and_one_more():
     config = OptimizeConfig(0.4, points=1)
-    items = {N: {"a": hidden_facts()}}
+    items = {N: {"a": hidden_facts(heads=3)}}
     found = candidates(items, {"a": 1.0}, config)
     losses = {N: items[N]["a"].mean(0)}
     assert [plan.losses for plan in found[:-3]] == [plan.losses for plan in optimize(losses, config)]
