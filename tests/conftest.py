@@ -27,3 +27,15 @@ def demo_model():
     from moa.models import load_model
 
     return load_model("demo", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def random_model(demo_model):
+    """A model that answers nothing right, with a real tokenizer: a search of it takes seconds."""
+    from moa.models import LoadedModel
+    from moa.plan import ModelIdentity
+    from tiny_models import tiny_model
+
+    tokenizer = demo_model.tokenizer
+    model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, eos_token_id=tokenizer.eos_token_id)
+    return LoadedModel(model, tokenizer, "random", ModelIdentity.of(model.config), 1024)

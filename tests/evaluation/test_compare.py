@@ -6,31 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from moa import ModelIdentity, Plan
+from moa import Plan
 from moa.errors import InputError, PlanError
 from moa.evaluation import compare, devices
 from moa.evaluation.compare import EvaluateConfig, Measures, evaluate
 from moa.evaluation.devices import evaluate_on
 from moa.evaluation.rows import TASKS, Row
-from moa.models import LoadedModel
 from moa.progress import SILENT
-from tiny_models import tiny_model
 
 CONFIG = EvaluateConfig((512, 448), items=2, tasks=TASKS, decode_steps=2)
 
 
 @pytest.fixture(scope="module")
-def loaded(demo_model):
-    tokenizer = demo_model.tokenizer
-    model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, eos_token_id=tokenizer.eos_token_id)
-    return LoadedModel(model, tokenizer, "random", ModelIdentity.of(model.config), 1024)
-
-
-@pytest.fixture(scope="module")
-def rows(loaded):
-    identity = loaded.identity
+def rows(random_model):
+    identity = random_model.identity
     plans = {"as it is": None, "full plan": Plan.dense(identity), "half": Plan.uniform(identity, 0.5)}
-    return evaluate(loaded, plans, CONFIG)
+    return evaluate(random_model, plans, CONFIG)
 
 
 def by(rows, task, length):
@@ -79,9 +70,9 @@ def test_bytes_are_those_in_the_cache(rows):
         assert half.density == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_task_can_be_asked_for_at_one_length(loaded):
+def test_a_task_can_be_asked_for_at_one_length(random_model):
     config = EvaluateConfig((256, 320), items=1, tasks=("needle@320", "perplexity"), decode_steps=0)
-    rows = evaluate(loaded, {"dense": None}, config)
+    rows = evaluate(random_model, {"dense": None}, config)
     assert [(row.length, row.task) for row in rows] == [
         (256, "perplexity"),
         (256, "kv_mb"),
@@ -90,12 +81,12 @@ def test_a_task_can_be_asked_for_at_one_length(loaded):
         (320, "kv_mb"),
     ]
     with pytest.raises(InputError, match="needle@300"):
-        evaluate(loaded, {"dense": None}, EvaluateConfig((320,), tasks=("needle@300",), decode_steps=0))
+        evaluate(random_model, {"dense": None}, EvaluateConfig((320,), tasks=("needle@300",), decode_steps=0))
 
 
-def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(random_model, monkeypatch):
     config = EvaluateConfig((256, 320), items=4, tasks=("needle", "perplexity"), decode_steps=0)
-    plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
+    plans = {"dense": None, "half": Plan.uniform(random_model.identity, 0.5)}
     kept, done = [], []
 
     def keep(rows):
@@ -104,26 +95,26 @@ def test_an_interrupted_evaluation_goes_on(loaded, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(loaded, plans, config, keep=keep)
+        evaluate(random_model, plans, config, keep=keep)
     assert len(kept) == 5
     of = Measures.of
     monkeypatch.setattr(Measures, "of", lambda self, task, plan: done.append(task) or of(self, task, plan))
-    rows = evaluate(loaded, plans, config, known=kept)
+    rows = evaluate(random_model, plans, config, known=kept)
     assert len(rows) == 12
     assert len(done) == 7, "the five are not measured again"
-    assert [row.to_dict() for row in rows] == [row.to_dict() for row in evaluate(loaded, plans, config)]
+    assert [row.to_dict() for row in rows] == [row.to_dict() for row in evaluate(random_model, plans, config)]
 
 
 @pytest.mark.slow
-def test_several_devices_measure_what_one_does(loaded, tmp_path):
-    loaded.tokenizer.save_pretrained(tmp_path)
-    loaded.model.save_pretrained(tmp_path)
+def test_several_devices_measure_what_one_does(random_model, tmp_path):
+    random_model.tokenizer.save_pretrained(tmp_path)
+    random_model.model.save_pretrained(tmp_path)
     config = EvaluateConfig(
         (320,), items=2, tasks=("perplexity", "passkey", "answer_kl", "passkey@320"), decode_steps=0
     )
     shares = {"half": 0.5, "quarter": 0.25}
-    plans = {"dense": None, **{name: Plan.uniform(loaded.identity, share) for name, share in shares.items()}}
-    alone = evaluate(loaded, plans, config)
+    plans = {"dense": None, **{name: Plan.uniform(random_model.identity, share) for name, share in shares.items()}}
+    alone = evaluate(random_model, plans, config)
     assert [row.task for row in alone] == ["passkey"] * 3 + ["perplexity"] * 3 + ["answer_kl"] * 3 + ["kv_mb"] * 3
     known = [replace(row, score=-1.0) for row in alone if row.method == "dense"]
     kept = []
@@ -137,25 +128,25 @@ def test_several_devices_measure_what_one_does(loaded, tmp_path):
     assert {(row.method, row.task) for row in kept} == {(row.method, row.task) for row in alone}
 
 
-def test_answers_are_made_once_and_only_where_something_is_to_be_read_on_them(loaded, monkeypatch):
+def test_answers_are_made_once_and_only_where_something_is_to_be_read_on_them(random_model, monkeypatch):
     made = []
     calibrate = compare.calibrate
     monkeypatch.setattr(compare, "calibrate", lambda *given: made.append(given[2].lengths) or calibrate(*given))
     config = EvaluateConfig((256, 320), items=2, tasks=("perplexity", "answer_kl@320"), decode_steps=0)
-    plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
-    rows = evaluate(loaded, plans, config)
+    plans = {"dense": None, "half": Plan.uniform(random_model.identity, 0.5)}
+    rows = evaluate(random_model, plans, config)
     assert made == [(320,)]
-    assert evaluate(loaded, plans, config, known=rows) == rows
+    assert evaluate(random_model, plans, config, known=rows) == rows
     assert made == [(320,)], "all is known"
 
 
-def test_a_process_reads_the_answers_that_another_made(loaded, monkeypatch):
+def test_a_process_reads_the_answers_that_another_made(random_model, monkeypatch):
     config = EvaluateConfig((320,), items=2, tasks=("answer_kl",), decode_steps=0)
-    plans = {"dense": None, "half": Plan.uniform(loaded.identity, 0.5)}
-    rows = evaluate(loaded, plans, config)
-    (other,) = compare.prepare(loaded, plans, config)
+    plans = {"dense": None, "half": Plan.uniform(random_model.identity, 0.5)}
+    rows = evaluate(random_model, plans, config)
+    (other,) = compare.prepare(random_model, plans, config)
     answers = other.answers
-    monkeypatch.setattr(devices, "_worker", (loaded, compare.prepare(loaded, plans, config), plans, config))
+    monkeypatch.setattr(devices, "_worker", (random_model, compare.prepare(random_model, plans, config), plans, config))
     monkeypatch.setattr(compare, "calibrate", lambda *_: pytest.fail("made again"))
     assert devices._measure("half", 0, (), answers) == [row for row in rows if row.method == "half"]
     assert devices._to_be_answered(0, plans, config, ())
@@ -168,13 +159,13 @@ def test_speed_is_not_measured_on_a_device_named_twice():
         evaluate_on(["cpu", "cpu"], "demo", "float32", {"dense": None}, config)
 
 
-def test_evaluation_items_share_nothing_with_calibration(loaded):
+def test_evaluation_items_share_nothing_with_calibration(random_model):
     """Neither text nor seeds: not a stretch of 12 tokens of real text is in both."""
     from moa.search.calibrate import CalibrateConfig, calibrate
     from moa.search.text import default_text
 
-    measures = Measures(loaded, EvaluateConfig((448,), items=2, tasks=TASKS), 448)
-    calibration = calibrate(loaded, default_text().text, CalibrateConfig((448,), items=4))
+    measures = Measures(random_model, EvaluateConfig((448,), items=2, tasks=TASKS), 448)
+    calibration = calibrate(random_model, default_text().text, CalibrateConfig((448,), items=4))
     size = 12
     seen = {
         tuple(item.input_ids[start : start + size].tolist())
@@ -189,14 +180,18 @@ def test_evaluation_items_share_nothing_with_calibration(loaded):
         assert seen.isdisjoint(tuple(ids[start : start + size].tolist()) for start in range(len(ids) - size))
 
 
-def test_the_model_is_left_as_it_was(loaded, rows):
-    before = loaded.model.config._attn_implementation
-    evaluate(loaded, {"half": Plan.uniform(loaded.identity, 0.5)}, EvaluateConfig((256,), tasks=(), decode_steps=0))
-    assert loaded.model.config._attn_implementation == before
+def test_the_model_is_left_as_it_was(random_model, rows):
+    before = random_model.model.config._attn_implementation
+    evaluate(
+        random_model,
+        {"half": Plan.uniform(random_model.identity, 0.5)},
+        EvaluateConfig((256,), tasks=(), decode_steps=0),
+    )
+    assert random_model.model.config._attn_implementation == before
 
 
-def test_only_the_asked_tasks_are_measured(loaded):
-    rows = evaluate(loaded, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), decode_steps=0))
+def test_only_the_asked_tasks_are_measured(random_model):
+    rows = evaluate(random_model, {"dense": None}, EvaluateConfig((256,), tasks=("perplexity",), decode_steps=0))
     assert [row.task for row in rows] == ["perplexity", "kv_mb"]
 
 
@@ -211,11 +206,11 @@ def test_only_the_asked_tasks_are_measured(loaded):
         (EvaluateConfig(()), "at least one"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(loaded, config, reason):
+def test_what_cannot_be_measured_is_refused(random_model, config, reason):
     with pytest.raises(InputError, match=reason):
-        evaluate(loaded, {"dense": None}, config)
+        evaluate(random_model, {"dense": None}, config)
 
 
-def test_a_plan_for_another_model_is_refused_before_any_work(loaded, demo_model):
+def test_a_plan_for_another_model_is_refused_before_any_work(random_model, demo_model):
     with pytest.raises(PlanError):
-        evaluate(loaded, {"other": Plan.dense(demo_model.identity)}, CONFIG)
+        evaluate(random_model, {"other": Plan.dense(demo_model.identity)}, CONFIG)

@@ -85,7 +85,7 @@ def assert_equal(inputs, options, estimator, peaked):
         if dtype != torch.float32 or dim <= 128
     ],
 )
-@settings(max_examples=3 if GPU else 10, deadline=None)  # each is a set of kernels to compile
+@settings(max_examples=3 if GPU else 6, deadline=None)  # each is a set of kernels to compile
 @given(
     estimator=st.sampled_from(Estimator),
     length=st.sampled_from([1, 2, 63, 64, 65, 128, 129, 200, 330, *([1000, 4500] if GPU else [])]),

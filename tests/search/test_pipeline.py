@@ -36,7 +36,7 @@ BUDGET = BudgetConfig(0.5, evaluations=12)
 @pytest.fixture(scope="module")
 def finished(demo_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "search"
-    return folder, search(demo_model, default_text(), folder, DATA, BUDGET)
+    return folder, search(demo_model, default_text(), folder, DATA, replace(BUDGET, evaluations=6))
 
 
 @pytest.fixture(scope="module")
