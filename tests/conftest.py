@@ -39,3 +39,12 @@ def random_model(demo_model):
     tokenizer = demo_model.tokenizer
     model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, eos_token_id=tokenizer.eos_token_id)
     return LoadedModel(model, tokenizer, "random", ModelIdentity.of(model.config), 1024)
+
+
+@pytest.fixture(scope="session")
+def random_folder(random_model, tmp_path_factory):
+    """The random model as a local folder."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    random_model.tokenizer.save_pretrained(folder)
+    random_model.model.save_pretrained(folder)
+    return folder

@@ -122,39 +122,30 @@ def test_the_backend_is_an_option_of_every_command(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def small_model(random_model, tmp_path_factory):
-    """Folder of a model that is searched in seconds."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    random_model.tokenizer.save_pretrained(folder)
-    random_model.model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def profiled(small_model, tmp_path_factory):
+def profiled(random_folder, tmp_path_factory):
     """A run directory that holds the stages calibrate and profile, to be copied."""
     common = ("--run-dir", tmp_path_factory.mktemp("runs") / "profiled", "--quiet")
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert run("calibrate", small_model, *DATA, *common) == 0
-        assert run("profile", small_model, *common) == 0
+        assert run("calibrate", random_folder, *DATA, *common) == 0
+        assert run("profile", random_folder, *common) == 0
     assert said.getvalue() == "", "--quiet is quiet"
     return common[1]
 
 
 @pytest.mark.slow
-def test_stages_one_by_one_give_the_plan_of_the_search(profiled, small_model, tmp_path, capsys):
+def test_stages_one_by_one_give_the_plan_of_the_search(profiled, random_folder, tmp_path, capsys):
     shutil.copytree(profiled, tmp_path / "run")
     common = ("--run-dir", tmp_path / "run", "--quiet")
     assert run("optimize", "--density", 0.5, *common) == 0
-    assert run("refine", small_model, "--refine", 9, *common) == 0
+    assert run("refine", random_folder, "--refine", 9, *common) == 0
     assert "plans measured" in capsys.readouterr().out
-    assert run("validate", small_model, "-o", tmp_path / "a.json", *common) == 0
+    assert run("validate", random_folder, "-o", tmp_path / "a.json", *common) == 0
     assert "retrieval" in capsys.readouterr().out
-    assert run("search", small_model, "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *DATA, *common) == 0
+    assert run("search", random_folder, "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *DATA, *common) == 0
     assert moa.Plan.load(tmp_path / "a.json") == moa.Plan.load(tmp_path / "b.json")
     assert capsys.readouterr().err == "", "--quiet is quiet"
-    assert run("profile", small_model, "--estimator", "paper", *common) == 0
-    for command in (("refine", small_model, "--refine", 9), ("validate", small_model, "-o", tmp_path / "c.json")):
+    assert run("profile", random_folder, "--estimator", "paper", *common) == 0
+    for command in (("refine", random_folder, "--refine", 9), ("validate", random_folder, "-o", tmp_path / "c.json")):
         assert "run again after optimize" in complaint(capsys, *command, *common)
 
 
@@ -180,15 +171,15 @@ def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_takes_baselines_from_a_search_and_draws(profiled, small_model, tmp_path, capsys):
+def test_eval_takes_baselines_from_a_search_and_draws(profiled, random_folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     shutil.copytree(profiled, tmp_path / "run")
     work = ("--run-dir", tmp_path / "run", "--quiet")
     plan = tmp_path / "plan.json"
-    assert run("search", small_model, "-o", plan, "--density", 0.8, "--refine", 0, *DATA, *work) == 0
+    assert run("search", random_folder, "-o", plan, "--density", 0.8, "--refine", 0, *DATA, *work) == 0
     options = ("--tasks", "needle", "--items", 2, "--decode-steps", 0, "--lengths", 320)
     drawn = ("--against", "per-layer,per-head,binary-heads", "--heat-map", tmp_path / "map.png")
-    assert run("eval", small_model, "--plan", plan, *options, *drawn, *work) == 0
+    assert run("eval", random_folder, "--plan", plan, *options, *drawn, *work) == 0
     shown = capsys.readouterr().out
     for name in ("per-layer", "per-head", "binary-heads", "MoA plan"):
         assert name in shown

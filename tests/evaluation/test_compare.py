@@ -106,9 +106,7 @@ def test_an_interrupted_evaluation_goes_on(random_model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_devices_measure_what_one_does(random_model, tmp_path):
-    random_model.tokenizer.save_pretrained(tmp_path)
-    random_model.model.save_pretrained(tmp_path)
+def test_several_devices_measure_what_one_does(random_model, random_folder):
     config = EvaluateConfig(
         (320,), items=2, tasks=("perplexity", "passkey", "answer_kl", "passkey@320"), decode_steps=0
     )
@@ -118,7 +116,7 @@ def test_several_devices_measure_what_one_does(random_model, tmp_path):
     assert [row.task for row in alone] == ["passkey"] * 3 + ["perplexity"] * 3 + ["answer_kl"] * 3 + ["kv_mb"] * 3
     known = [replace(row, score=-1.0) for row in alone if row.method == "dense"]
     kept = []
-    together = evaluate_on(["cpu", "cpu"], str(tmp_path), "float32", plans, config, SILENT, known, kept.extend)
+    together = evaluate_on(["cpu", "cpu"], str(random_folder), "float32", plans, config, SILENT, known, kept.extend)
     assert [(row.method, row.task, row.length, row.n) for row in together] == [
         (row.method, row.task, row.length, row.n) for row in alone
     ]

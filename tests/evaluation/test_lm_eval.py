@@ -14,26 +14,13 @@ from lm_eval.tasks.longbench.metrics import get_qa_f1_score, get_rouge_score  # 
 
 import moa.evaluation.lm_eval  # noqa: E402 (registers the model)
 from moa.models import load_model  # noqa: E402
-from tiny_models import tiny_model  # noqa: E402
 
 FACTS = ("The harbour light was painted green in the spring of that year. " * 4, "The gate is open. " * 9)
 
 
 @pytest.fixture(scope="module")
-def model_folder(demo_model, tmp_path_factory):
-    """A small random model with a real tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = demo_model.tokenizer
-    tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, eos_token_id=tokenizer.eos_token_id).save_pretrained(
-        folder
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plans(model_folder, tmp_path_factory):
-    identity = load_model(str(model_folder), "float32", "cpu").identity
+def plans(random_folder, tmp_path_factory):
+    identity = load_model(str(random_folder), "float32", "cpu").identity
     folder = tmp_path_factory.mktemp("plans")
     moa.Plan.dense(identity).save(folder / "dense.json")
     moa.Plan.from_arrays(
@@ -113,13 +100,13 @@ def run(model, arguments, data):
     return found["results"], said
 
 
-def test_full_spans_score_as_lm_evals_own_model_and_short_ones_do_not(model_folder, plans, data):
-    results, said = run("hf", f"pretrained={model_folder},dtype=float32,device=cpu", data)
+def test_full_spans_score_as_lm_evals_own_model_and_short_ones_do_not(random_folder, plans, data):
+    results, said = run("hf", f"pretrained={random_folder},dtype=float32,device=cpu", data)
     assert {"qa_f1_score,none", "rouge_score,none", "acc,none"} <= {
         key for metrics in results.values() for key in metrics
     }
-    full, said_full = run("moa", f"pretrained={model_folder},plan={plans}/dense.json,dtype=float32,device=cpu", data)
-    short, said_short = run("moa", f"pretrained={model_folder},plan={plans}/short.json,dtype=float32,device=cpu", data)
+    full, said_full = run("moa", f"pretrained={random_folder},plan={plans}/dense.json,dtype=float32,device=cpu", data)
+    short, said_short = run("moa", f"pretrained={random_folder},plan={plans}/short.json,dtype=float32,device=cpu", data)
     assert full.keys() == short.keys() == results.keys()
     assert said_full["local_f1"] == said["local_f1"]
     assert said_full["local_rouge"] == said["local_rouge"]
@@ -131,9 +118,9 @@ def test_full_spans_score_as_lm_evals_own_model_and_short_ones_do_not(model_fold
     assert (other - dense).abs().max() > 1e-3
 
 
-def test_generation_is_that_of_apply(model_folder, plans, data):
-    _, said = run("moa", f"pretrained={model_folder},plan={plans}/short.json,dtype=float32,device=cpu", data)
-    loaded = load_model(str(model_folder), "float32", "cpu")
+def test_generation_is_that_of_apply(random_folder, plans, data):
+    _, said = run("moa", f"pretrained={random_folder},plan={plans}/short.json,dtype=float32,device=cpu", data)
+    loaded = load_model(str(random_folder), "float32", "cpu")
     row = json.loads(data.read_text(encoding="utf-8").splitlines()[0])
     prompt = f"{row['context']}\n\nQuestion: {row['input']}\nAnswer:"
     ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -142,7 +129,7 @@ def test_generation_is_that_of_apply(model_folder, plans, data):
     assert said["local_f1"][0][0][0] == loaded.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_the_command_knows_the_model(model_folder, plans, capsys):
+def test_the_command_knows_the_model(random_folder, plans, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["lm-eval", "run", "--help"])
     assert stopped.value.code == 0
