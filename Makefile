@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 RUN := runs/demo
 # sizes for a laptop's CPU; `moa search` alone takes more items at longer lengths
-SMALL := --lengths 1152 --items 10 --validation-length 1024 --validation-items 2 --mixture retrieval=1,text=0.25 --refine 0
+SMALL := --lengths 1152 --constrained 1024,2304 --items 10 --validation-length 1024 --validation-items 2 --mixture retrieval=1,text=0.25 --refine 0
 RESULT := benchmarks/results/demo_smollm2_135m
 
 .PHONY: demo test test-vllm lint format clean
