@@ -17,10 +17,10 @@ shift 3
 device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT-2048} items=${ITEMS:-100}
 # little text where much is stored anyway, and answers close to the dense model's instead
 declare -A mixtures=(
-  [12.5]=retrieval=1,text=2.5,summary=0.25
-  [25]=retrieval=1,text=5,summary=0.5
-  [50]=retrieval=1,text=1,summary=1
-  [75]=retrieval=1,text=1,summary=3
+  [12.5]=retrieval=1,text=1.4,summary=0.2
+  [25]=retrieval=1,text=2.3,summary=0.5
+  [50]=retrieval=1,text=0.8,summary=1
+  [75]=retrieval=1,text=0.8,summary=2
 )
 (($#)) || set -- 12.5 25 50 75
 for density in "$@"; do

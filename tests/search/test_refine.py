@@ -116,6 +116,22 @@ def test_an_interrupted_call_goes_on(measured, tmp_path, monkeypatch):
     assert len(measured) < 2 * count + 40, "what was measured was not measured again"
 
 
+@pytest.mark.parametrize("density", [0.3, 0.45])
+def test_what_is_left_of_the_budget_is_given_away(measured, density):
+    """No head could see more at some length and as much at the others."""
+    *_, found = refined(density)
+    space = stage._Space.of([LENGTH], OptimizeConfig(density, points=1, sink=found.plan.sink))
+    numbers, spans = space.numbers(found.plan), space.budget.spans
+    assert space.budget.fits(numbers)
+    for head in np.ndindex(numbers.shape):
+        own = spans[:, numbers[head]]
+        for rule in space.tried:
+            if (spans[:, rule] >= own).all() and (spans[:, rule] > own).any():
+                longer = numbers.copy()
+                longer[head] = rule
+                assert not space.budget.fits(longer), f"head {head} could have rule {rule}"
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_layers_keep_to_their_number_of_rules(measured, limit):
     *_, found = refined(0.5, rules_per_layer=limit)

@@ -40,7 +40,7 @@ Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, pr
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
 Refine = Annotated[
     int | None,
-    typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.", show_default="640 or more"),
+    typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.", show_default="800 or more"),
 ]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 

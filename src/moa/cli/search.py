@@ -175,7 +175,7 @@ def refine(
     model: Model,
     evaluations: Annotated[
         int | None,
-        typer.Option("--refine", min=1, help="Plans to measure for a better one.", show_default="640 or more"),
+        typer.Option("--refine", min=1, help="Plans to measure for a better one.", show_default="800 or more"),
     ] = None,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",

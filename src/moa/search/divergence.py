@@ -8,9 +8,12 @@ that may still be saved.
 
 Of several questions about a text the first counts as much as all the others together. Those have an answer before them
 that shows how the text says such things, and are easier to answer.
+
+One plan serves all lengths. Of retrieval the mean over lengths counts. A summary or a text that it spoils at one length
+is not made good by others that it leaves alone; so of these the length counts at which the plan loses most.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Protocol
@@ -31,7 +34,7 @@ from moa.search.tables import SHORTEST
 
 ItemLosses = dict[tuple[int, str], np.ndarray]  # by length and source: float64 [items]
 
-MEASURE = "lost-first-answers"  # part of the keys of results: what was measured in another way is not that
+MEASURE = "lost-first-answers-worst-spread-texts"  # part of the keys of results: another measure, another key
 
 
 class Divergence:
@@ -73,9 +76,10 @@ class Divergence:
         self._outputs.forget()
 
     def by_source(self, plan: Plan) -> dict[str, float]:
-        """Loss for each source: of an item, then the mean over items, then over lengths.
+        """Loss for each source.
 
-        Retrieval: `lost`, 0 to 1. Other sources: nats per token that carries loss.
+        Retrieval: `lost`, 0 to 1, the mean over items, then over lengths. Other sources: nats per token that carries
+        loss, the mean over items, at the length where it is highest.
         """
         return means(self.by_item(plan))
 
@@ -109,10 +113,10 @@ class Divergence:
 
         Where there is one item of a length and source, its part is not known and counts as none.
         """
-        lengths = Counter(source for _, source in losses)
+        shares, other_shares = _shares(losses), _shares(others)
         parts = [
-            self._weight(source) / lengths[source] * (found - others[length, source]).std(ddof=1) / len(found) ** 0.5
-            for (length, source), found in losses.items()
+            self._weight(key[1]) * _error(shares[key] * found - other_shares[key] * others[key])
+            for key, found in losses.items()
             if len(found) > 1
         ]
         return float(np.linalg.norm(parts))
@@ -127,21 +131,39 @@ class Divergence:
         for first in range(0, len(items), rows):
             together = items[first : first + rows]
             ids = torch.as_tensor(np.stack([item.input_ids for item in together]), device=model.device)
-            start = min(int(item.loss[0]) for item in together)
-            positions = torch.arange(start - 1, length - 1, device=model.device)
+            places = np.unique(np.concatenate([item.loss for item in together]))
+            positions = torch.as_tensor(places - 1, device=model.device)
             forward = partial(run, (key, first), run=partial(logits_at, model, ids, positions, use_cache=False))
             logits = forward() if self._compiled is None else self._compiled.run(forward)
             answers = zip(logits, together, strict=True)
-            result += [row[item.loss - start].float().log_softmax(-1) for row, item in answers]
+            result += [row[np.searchsorted(places, item.loss)].float().log_softmax(-1) for row, item in answers]
         return result
 
 
 def means(found: ItemLosses) -> dict[str, float]:
-    """Loss for each source: the mean over items, then over lengths."""
-    at_lengths: dict[str, list[float]] = {}
-    for (_, source), losses in found.items():
-        at_lengths.setdefault(source, []).append(float(losses.mean()))
-    return {source: float(np.mean(losses)) for source, losses in at_lengths.items()}
+    """Loss for each source, as in `Divergence.by_source`."""
+    result: dict[str, float] = defaultdict(float)
+    for key, share in _shares(found).items():
+        result[key[1]] += share * float(found[key].mean())
+    return dict(result)
+
+
+def _shares(found: ItemLosses) -> dict[tuple[int, str], float]:
+    """What the items of each length count in the loss of their source; all lengths of a source together 1."""
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for length, source in found:
+        lengths[source].append(length)
+    shares = {}
+    for source, at in lengths.items():
+        worst = max(at, key=lambda length: float(found[length, source].mean()))
+        for length in at:
+            shares[length, source] = 1 / len(at) if source == RETRIEVAL else float(length == worst)
+    return shares
+
+
+def _error(numbers: np.ndarray) -> float:
+    """Standard error of their mean."""
+    return float(numbers.std(ddof=1)) / len(numbers) ** 0.5
 
 
 def lost(item: CalibrationItem, nats: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import CalibrateConfig, calibrate
+from moa.search.calibrate import TEXT_LOSS, CalibrateConfig, calibrate
 from moa.search.coherent import candidates
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
@@ -35,7 +35,7 @@ from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import RULE, ValidationRow, best, lowest_of, validate
 
-_EVALUATIONS, _HEAD_EVALUATIONS = 640, 10  # plans to measure: in all, and for each KV head
+_EVALUATIONS, _HEAD_EVALUATIONS = 800, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -69,6 +69,7 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
         "dtype": str(loaded.model.dtype),
         "text": text.description,
         "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
+        "text_loss": TEXT_LOSS,
         "facts_sha256": hashlib.sha256(repr((FACTS, HELD_OUT_FACTS)).encode()).hexdigest(),
         "data": asdict(replace(data, weights=sorted(data.weights))),  # type: ignore[arg-type]
     }

@@ -4,7 +4,8 @@ A loss table is of first order and knows one head at a time: it cannot see that 
 that a head matters only while another one works. Here plans run for real, at all profile lengths. First the descent
 (`moa.search.descend`) comes down from the dense model. Then *sweeps* try, for each head alone, a few rules beside its
 own. An exact program picks the best set of these changes within the budget; since each was measured alone, ever fewer
-of them are made at once until the loss of the whole, measured, falls.
+of them are made at once until the loss of the whole, measured, falls. What the budget has left after them goes to heads
+that see as much at some lengths and more at others.
 
 Before the descent and after it the sink is chosen: the same spans, with more of the beginning of the text in them and
 less of the rest. Where spans are long, a system prompt that all heads see is worth more than as many tokens further
@@ -34,10 +35,10 @@ from moa.search.rules import OptimizeConfig, Rules
 
 SINKS = (SINK, 16, 32, 64)  # tried, in tokens
 _SINK = 1 / 4  # of the shortest span that is worth measuring, at most
-_DESCENT = 2 / 3  # of the plans to measure, at most
+_DESCENT = 1 / 2  # of the plans to measure, at most
 _WINDOW = 1 / 2  # share of a text that a head sees at most, unless it sees all
-_STEP = 2  # a head tries the rules so many places cheaper and dearer than its own, the cheapest and the dearest
-_TRIED = 4  # rules of a head in a sweep, at most
+_STEP = 2  # a head tries so many rules that are next cheaper and next dearer than its own, the cheapest and the dearest
+_TRIED = 6  # rules of a head in a sweep, at most
 _SWEEPS = 3  # an allowance too small for so many sweeps over all heads sweeps over some of them
 _LEAST_HEADS = 8
 _TOKENS = {RETRIEVAL: 49152}  # measured on items of so many tokens for each length
@@ -258,6 +259,7 @@ class _Refinement:
             proposal = exchange(plan, change.reshape(*plan.shape, -1), self.space.budget, most)
             if proposal is None:
                 break
+            proposal = self.filled(proposal)
             found.append(proposal)
             if self.loss(proposal) < before and len(found) > 1 and self.loss(proposal) > self.loss(found[-2]):
                 break  # fewer changes were worse: it only gets closer to where we are
@@ -266,11 +268,22 @@ class _Refinement:
         self.progress.say(f"refine: loss {before:.4f} -> {self.loss(best):.4f}")
         return best
 
+    def filled(self, plan: np.ndarray) -> np.ndarray:
+        """The plan with what the budget has left: heads see as much or more at every length, the sum of shares most."""
+        spans = self.space.budget.spans
+        lengths = np.array(list(self.space.budget.rules.spans))[:, None, None, None]
+        longer = spans[:, None, None, :] - spans[:, plan][..., None]  # [lengths, layers, heads, rules]
+        allowed = (longer >= 0).all(axis=0) & np.isin(np.arange(spans.shape[1]), self.space.tried)
+        change = np.where(allowed, -(longer / lengths).sum(axis=0), np.inf)
+        np.put_along_axis(change, plan[..., None], 0.0, axis=-1)
+        found = exchange(plan, change, self.space.budget, plan.size)
+        return plan if found is None else found
+
     def beside(self, own: int) -> list[int]:
         """What a head tries instead of its own rule."""
         tried = self.space.tried
         cheaper, dearer = tried[tried < own], tried[tried > own]
-        near = [*cheaper[-_STEP:][:1], *cheaper[:1], *dearer[:_STEP][-1:], *dearer[-1:]]
+        near = [*cheaper[-_STEP:], *cheaper[:1], *dearer[:_STEP], *dearer[-1:]]
         return sorted({int(rule) for rule in near})
 
 

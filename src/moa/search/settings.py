@@ -74,7 +74,7 @@ class BudgetConfig:
     points : int
         Cuts of each objective's range.
     evaluations : int, optional
-        Plans to measure in the refine stage; 0 leaves it out. By default 640, and at least ten for each KV head.
+        Plans to measure in the refine stage; 0 leaves it out. By default 800, and at least ten for each KV head.
     """
 
     density: float = 0.5
