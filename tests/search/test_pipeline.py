@@ -88,6 +88,10 @@ def test_a_second_call_reads_and_a_changed_setting_redoes_its_stages_only(small,
     monkeypatch.setattr(pipeline, "MEASURE", "another")
     search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["refine", "validate"]
+    ran.clear()
+    monkeypatch.setattr(pipeline, "TEXT_LOSS", "other tokens")
+    search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
+    assert list(dict.fromkeys(ran)) == list(COMPUTE)
 
 
 @pytest.mark.slow
