@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Accuracy of a model under plans: a search at each density, then the whole suite under these plans, next to the dense
 # model and baselines that store as much, in one table.
-# usage: accuracy.sh MODEL FOLDER RESULT [DENSITY...]     DENSITY in percent: 12.5, 25, 50, 75; all without it
+# usage: accuracy.sh MODEL FOLDER RESULT [DENSITY...]     DENSITY in percent; 12.5, 25, 50 and 75 without it
 # FOLDER/25 and so on are the run directories, which share calibration and profile, FOLDER/25.json the plans. RESULT
 # is written as .json, .md and .png. May be set: DEVICE (several with commas share the evaluation, a search takes the
 # first), LENGTHS (of the suite), SHORT (those of them at which lines and JSON are asked for), ITEMS, SEARCH (options
-# for moa search), MIXTURE (for all densities; without it each has its own, and baselines the default one). What is
-# interrupted goes on where it was. Heat maps need the extra `report`.
+# for moa search), MIXTURE (for all densities; each has its own by default). What is interrupted goes on where it was.
+# Heat maps need the extra `report`.
 set -euo pipefail
 if (($# < 3)); then
   echo "usage: accuracy.sh MODEL FOLDER RESULT [DENSITY...]" >&2
@@ -15,20 +15,7 @@ fi
 model=$1 folder=$2 result=$3
 shift 3
 device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT-2048} items=${ITEMS:-100}
-# little text where much is stored anyway, and answers close to the dense model's instead
-declare -A mixtures=(
-  [12.5]=retrieval=1,text=1.4,summary=0.2
-  [25]=retrieval=1,text=2.3,summary=0.5
-  [50]=retrieval=1,text=0.8,summary=1
-  [75]=retrieval=1,text=0.8,summary=2
-)
 (($#)) || set -- 12.5 25 50 75
-for density in "$@"; do
-  if [[ ! -v mixtures[$density] ]]; then
-    echo "accuracy.sh: expected densities of 12.5, 25, 50 and 75, not $density" >&2
-    exit 1
-  fi
-done
 
 for length in ${short//,/ }; do
   if [[ ,$lengths, != *,$length,* ]]; then
@@ -49,7 +36,7 @@ for density in "$@"; do
   share=$(awk "BEGIN { print $density / 100 }")
   # shellcheck disable=SC2086 # several words
   moa search "$model" --dtype bfloat16 --device "${device%%,*}" --density "$share" --run-dir "$run" \
-    --mixture "${MIXTURE:-${mixtures[$density]}}" --output "$run.json" ${SEARCH:-}
+    ${MIXTURE:+--mixture "$MIXTURE"} --output "$run.json" ${SEARCH:-}
   plans+=(--plan "$run.json")
 done
 

@@ -18,6 +18,9 @@ from moa.cli.options import plans_of
 from moa.evaluation.rows import Row
 from moa.models import locate
 from moa.progress import SILENT
+from moa.search.defaults import default_weights
+from moa.search.profile import kv_losses
+from moa.search.run import Run
 
 DATA = ("--lengths", 320, "--items", 1, "--validation-items", 1, "--validation-length", 384)  # of a search
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")
@@ -137,10 +140,15 @@ def test_stages_one_by_one_give_the_plan_of_the_search(profiled, random_folder, 
     shutil.copytree(profiled, tmp_path / "run")
     common = ("--run-dir", tmp_path / "run", "--quiet")
     assert run("optimize", "--density", 0.5, *common) == 0
+    assert Run(tmp_path / "run").finished("optimize")[0]["weights"] == default_weights(0.5)
     assert run("refine", random_folder, "--refine", 9, *common) == 0
     assert "plans measured" in capsys.readouterr().out
     assert run("validate", random_folder, "-o", tmp_path / "a.json", *common) == 0
-    assert "retrieval" in capsys.readouterr().out
+    shown, validation = capsys.readouterr().out, moa.Plan.load(tmp_path / "a.json").provenance["validation"]
+    assert "retrieval" in shown
+    lost, text = f"{validation['retrieval']:.1%} of answers", f"{validation['text']:.4f} nats a token of text"
+    assert f"On held-out items it loses {lost}" in shown
+    assert text in shown
     assert run("search", random_folder, "-o", tmp_path / "b.json", "--density", 0.5, "--refine", 9, *DATA, *common) == 0
     assert moa.Plan.load(tmp_path / "a.json") == moa.Plan.load(tmp_path / "b.json")
     assert capsys.readouterr().err == "", "--quiet is quiet"
@@ -171,8 +179,15 @@ def test_chat_keeps_the_conversation(demo_plan, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_takes_baselines_from_a_search_and_draws(profiled, random_folder, tmp_path, capsys):
+def test_eval_takes_baselines_from_a_search_and_draws(profiled, random_folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    mixed, mix = [], kv_losses
+
+    def spy(tables, kv_heads, weights):
+        mixed.append(weights)
+        return mix(tables, kv_heads, weights)
+
+    monkeypatch.setattr("moa.search.profile.kv_losses", spy)
     shutil.copytree(profiled, tmp_path / "run")
     work = ("--run-dir", tmp_path / "run", "--quiet")
     plan = tmp_path / "plan.json"
@@ -183,6 +198,7 @@ def test_eval_takes_baselines_from_a_search_and_draws(profiled, random_folder, t
     shown = capsys.readouterr().out
     for name in ("per-layer", "per-head", "binary-heads", "MoA plan"):
         assert name in shown
+    assert mixed == [default_weights(0.8)] * 3, "as the plan's density has it"
     assert (tmp_path / "map.png").stat().st_size > 5000
 
 

@@ -12,7 +12,7 @@ from moa.search.calibrate import CalibrateConfig, calibrate
 from moa.search.divergence import Divergence
 from moa.search.items import CalibrationItem, CalibrationSet
 from moa.search.optimize import optimize
-from moa.search.refine import refine
+from moa.search.refine import plans_to_measure, refine, tokens_to_measure
 from moa.search.rules import OptimizeConfig, RuleGrid
 from moa.search.tables import window_count
 from moa.search.text import default_text
@@ -204,6 +204,30 @@ def test_heads_take_rules_of_the_grid(measured):
         (260.0, 0.0),
         (0.0, 1.0),
     }
+
+
+def test_from_half_on_fewer_plans_are_measured_on_more_items(measured, monkeypatch):
+    """As many tokens in all."""
+    counts, known = [], stage.Divergence
+
+    def watched(loaded, items, weights):
+        counts.append({source: len(members) for (_, source), members in items.items.items()})
+        return known(loaded, items, weights)
+
+    monkeypatch.setattr(stage, "Divergence", watched)
+    members = 60 * ITEMS.items[LENGTH, "retrieval"]
+    items = CalibrationSet({(LENGTH, source): members for source in ("retrieval", "text")})
+    plan = Plan.from_arrays(IDENTITY, np.zeros((4, 2)), np.full((4, 2), 0.25))
+    for density in (0.49, 0.5, 0.75):
+        refine(Loaded(), [plan], items, {"retrieval": 1.0}, OptimizeConfig(density, points=1), 8)
+    few, *many = counts
+    assert few == {
+        source: tokens // LENGTH for source, tokens in tokens_to_measure(0.49).items() if source != "summary"
+    }
+    assert many == [{source: 2 * count for source, count in few.items()}] * 2
+    for heads in (48, 256):
+        few_plans, *more = (plans_to_measure(heads, density) for density in (0.5, 0.49, 0.125))
+        assert more == [2 * few_plans] * 2
 
 
 def test_the_optimizer_alone_would_not_do(measured):

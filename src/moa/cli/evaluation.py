@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from moa.cli.options import (
-    DEFAULT_MIXTURE,
     DEFAULT_RUN,
     Devices,
     DType,
@@ -51,7 +50,7 @@ def evaluate(
     run_dir: Annotated[
         Path, typer.Option("--run-dir", help="The finished search that baselines other than uniform are chosen from.")
     ] = DEFAULT_RUN,
-    mixture: Mixture = DEFAULT_MIXTURE,
+    mixture: Mixture = None,
     dtype: DType = "auto",
     device: Devices = "auto",
     quiet: Quiet = False,
@@ -74,6 +73,8 @@ def evaluate(
     from moa.report.heat_maps import check_drawing, heat_maps
     from moa.report.tables import table, to_json, to_markdown
     from moa.search import baselines
+    from moa.search.defaults import default_weights
+    from moa.search.profile import kv_losses
 
     for path in (json, heat_map):
         if path:
@@ -90,7 +91,7 @@ def evaluate(
         )
     plans = plans_of(plan)
     identity = ModelIdentity.of(load_config(model))
-    losses = _losses(run_dir, mixture, identity) if set(others) & set(baselines.NAMES) else {}
+    tables: Any = _tables(run_dir, identity) if set(others) & set(baselines.NAMES) else None
     methods: dict[str, Plan | None] = {"dense": None} if "dense" in others else {}
     for name, rules in plans.items():
         rules.check_fits(identity)
@@ -101,6 +102,7 @@ def evaluate(
             if other == "uniform":
                 methods[label] = Plan.uniform(identity, density)
             elif other != "dense":
+                losses = kv_losses(tables, identity.kv_heads, weights_of(mixture) or default_weights(density))
                 try:
                     methods[label] = baselines.baseline(other, losses, identity, density)
                 except InfeasibleBudgetError as error:
@@ -143,11 +145,10 @@ def evaluate(
         out.print(f"Wrote {heat_map}", highlight=False)
 
 
-def _losses(run_dir: Path, mixture: str, model: Any) -> Any:
-    """Loss tables per KV head of a finished search of the model, which is a `ModelIdentity`."""
+def _tables(run_dir: Path, model: Any) -> Any:
+    """Loss tables, a `moa.search.profile.Profile`, of a finished search of the model, which is a `ModelIdentity`."""
     from moa.progress import SILENT
     from moa.search.pipeline import profiled
-    from moa.search.profile import kv_losses
     from moa.search.run import Run
 
     tables, _, identity = profiled(Run(run_dir, SILENT))
@@ -156,7 +157,7 @@ def _losses(run_dir: Path, mixture: str, model: Any) -> Any:
             f"--against: {run_dir} holds the search of another model ({identity}), not of this one ({model}); give the "
             "--run-dir of a search of it"
         )
-    return kv_losses(tables, identity.kv_heads, weights_of(mixture))
+    return tables
 
 
 def lm_eval(context: typer.Context) -> None:

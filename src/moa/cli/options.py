@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from moa.errors import InputError
-from moa.search.defaults import WEIGHTS
 
 out = Console()
 
@@ -29,7 +28,10 @@ ValidationLength = Annotated[
 ]
 Items = Annotated[int, typer.Option(help="Calibration items per length and source.")]
 ValidationItems = Annotated[int, typer.Option(help="Held-out items per length and source.")]
-Mixture = Annotated[str, typer.Option(help="Weights of calibration sources: retrieval, summary, text.")]
+Mixture = Annotated[
+    str | None,
+    typer.Option(help="Weights of calibration sources: retrieval, summary, text.", show_default="by density"),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Calibration text files (repeat the option).")]
 Dataset = Annotated[str | None, typer.Option(help="Calibration text from an HF dataset: hub name or local path.")]
@@ -40,12 +42,16 @@ Grid = Annotated[str, typer.Option(help="Rules to choose from: scaled, paper, pr
 Points = Annotated[int, typer.Option(help="Cuts of each objective's range.")]
 Refine = Annotated[
     int | None,
-    typer.Option("--refine", min=0, help="Plans to measure for a better one; 0 for none.", show_default="800 or more"),
+    typer.Option(
+        "--refine",
+        min=0,
+        help="Plans to measure for a better one; 0 for none.",
+        show_default="800 or more, half from density 0.5 on",
+    ),
 ]
 PlanFile = Annotated[Path, typer.Option("--plan", help="A plan file.")]
 
 DEFAULT_RUN = Path("runs/search")
-DEFAULT_MIXTURE = ",".join(f"{source}={weight:g}" for source, weight in WEIGHTS.items())
 
 
 def numbers_of(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -61,14 +67,18 @@ def numbers_of(text: str | None, option: str) -> tuple[int, ...] | None:
     return values
 
 
-def weights_of(text: str) -> dict[str, float]:
-    """Weights of calibration sources, from ``source=weight,...``. Raises InputError for anything else."""
+def weights_of(text: str | None) -> dict[str, float] | None:
+    """Weights of calibration sources, from ``source=weight,...``; None for None. Raises InputError for what is none."""
+    if text is None:
+        return None
     try:
         weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
     except ValueError:
         weights = {}
     if not weights or not all(0 < weight < math.inf for weight in weights.values()):
-        raise InputError(f"--mixture {text!r}: expected sources with weights above 0, such as {DEFAULT_MIXTURE}")
+        raise InputError(
+            f"--mixture {text!r}: expected sources with weights above 0, such as retrieval=1,text=0.5,summary=0.5"
+        )
     return weights
 
 

@@ -8,7 +8,6 @@ import typer
 from rich.table import Table
 
 from moa.cli.options import (
-    DEFAULT_MIXTURE,
     DEFAULT_RUN,
     Constrained,
     Dataset,
@@ -37,7 +36,7 @@ from moa.cli.options import (
     out,
     weights_of,
 )
-from moa.search.defaults import ITEMS, VALIDATION_ITEMS
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS, default_weights
 
 
 class EstimatorName(StrEnum):
@@ -56,7 +55,7 @@ def search(
     density: Density = 0.5,
     lengths: Lengths = None,
     items: Items = ITEMS,
-    mixture: Mixture = DEFAULT_MIXTURE,
+    mixture: Mixture = None,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
@@ -97,7 +96,7 @@ def calibrate(
     model: Model,
     lengths: Lengths = None,
     items: Items = ITEMS,
-    mixture: Mixture = DEFAULT_MIXTURE,
+    mixture: Mixture = None,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
@@ -148,7 +147,7 @@ def optimize(
     rules_per_layer: RulesPerLayer = None,
     grid: Grid = "scaled",
     points: Points = 1,
-    mixture: Mixture = DEFAULT_MIXTURE,
+    mixture: Mixture = None,
     run_dir: RunDir = DEFAULT_RUN,
     quiet: Quiet = False,
 ) -> None:
@@ -159,7 +158,8 @@ def optimize(
     run = open_run(run_dir, quiet)
     tables, key, identity = profiled(run)
     budget = BudgetConfig(density, numbers_of(constrained, "--constrained"), rules_per_layer, grid, points)
-    plans, _ = run_optimize(run, tables, key, identity, weights_of(mixture), budget)
+    weights = weights_of(mixture) or default_weights(density)
+    plans, _ = run_optimize(run, tables, key, identity, weights, budget)
     table = Table(title=f"{len(plans)} plans at density {density}")
     lengths = list(plans[0].provenance["predicted_losses"])
     for column in ("plan", *(f"loss at {length}" for length in lengths), "solver gap"):
@@ -175,7 +175,12 @@ def refine(
     model: Model,
     evaluations: Annotated[
         int | None,
-        typer.Option("--refine", min=1, help="Plans to measure for a better one.", show_default="800 or more"),
+        typer.Option(
+            "--refine",
+            min=1,
+            help="Plans to measure for a better one.",
+            show_default="800 or more, half from density 0.5 on",
+        ),
     ] = None,
     run_dir: RunDir = DEFAULT_RUN,
     dtype: DType = "auto",
@@ -234,6 +239,14 @@ def validate(
 
 
 def _announce(plan: Any, output: Path) -> None:
-    budget = plan.provenance["densities"]
+    """What was written, and what it costs: a mixture can ask for a plan that keeps text and finds nothing."""
+    from moa.search.calibrate import RETRIEVAL, SUMMARY, TEXT
+
+    budget, validation = plan.provenance["densities"], plan.provenance["validation"]
     densities = ", ".join(f"{density:.3f} at {length}" for length, density in budget.items())
+    costs = [f"{validation[RETRIEVAL]:.1%} of answers about facts"] if RETRIEVAL in validation else []
+    costs += [
+        f"{validation[source]:.4f} nats a token of {source}" for source in (SUMMARY, TEXT) if source in validation
+    ]
     out.print(f"Wrote {output}: density {densities}", highlight=False)
+    out.print(f"On held-out items it loses {', '.join(costs)}", highlight=False)

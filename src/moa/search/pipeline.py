@@ -22,20 +22,20 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import TEXT_LOSS, CalibrateConfig, calibrate
 from moa.search.coherent import candidates
+from moa.search.defaults import default_weights
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
 from moa.search.optimize import ParetoPlan, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
-from moa.search.refine import SINKS, refine
+from moa.search.refine import SINKS, plans_to_measure, refine, tokens_to_measure
 from moa.search.run import Run
 from moa.search.settings import BudgetConfig, DataConfig
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import RULE, ValidationRow, best, lowest_of, validate
 
-_EVALUATIONS, _HEAD_EVALUATIONS = 800, 10  # plans to measure: in all, and for each KV head
 _HELD_OUT = 0.25  # share of the text that only validation sees
 
 
@@ -71,15 +71,14 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
         "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
         "text_loss": TEXT_LOSS,
         "facts_sha256": hashlib.sha256(repr((FACTS, HELD_OUT_FACTS)).encode()).hexdigest(),
-        "data": asdict(replace(data, weights=sorted(data.weights))),  # type: ignore[arg-type]
+        "data": asdict(replace(data, weights=list(data.sources))),  # type: ignore[arg-type]
     }
 
     def compute(folder: Path) -> Calibration:
         for_profile, held_out = split_text(text.text, (1 - _HELD_OUT, _HELD_OUT))
-        sources = tuple(sorted(data.weights))
-        settings = CalibrateConfig(lengths, data.items, sources, seed=data.seed)
+        settings = CalibrateConfig(lengths, data.items, data.sources, seed=data.seed)
         again = CalibrateConfig(
-            validation_lengths, data.validation_items, sources, seed=data.seed + 1, facts=HELD_OUT_FACTS
+            validation_lengths, data.validation_items, data.sources, seed=data.seed + 1, facts=HELD_OUT_FACTS
         )
         result = Calibration(
             calibrate(loaded, for_profile, settings, run.progress), calibrate(loaded, held_out, again, run.progress)
@@ -171,14 +170,15 @@ def run_refine(
 ) -> tuple[list[Plan], str]:
     """Fourth stage: the optimizer's plans, and better ones by measurement; resumes where it was interrupted."""
     heads = loaded.identity.layers * loaded.identity.kv_heads
-    evaluations = max(_EVALUATIONS, _HEAD_EVALUATIONS * heads) if budget.evaluations is None else budget.evaluations
+    evaluations = plans_to_measure(heads, budget.density) if budget.evaluations is None else budget.evaluations
     if not evaluations:
         return plans, upstream
-    inputs = {"optimize": upstream, "evaluations": evaluations, "measure": MEASURE, "sinks": SINKS}
+    tokens = tokens_to_measure(budget.density)
+    inputs = {"optimize": upstream, "evaluations": evaluations, "measure": MEASURE, "sinks": SINKS, "tokens": tokens}
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
-        partial = folder / f"measured-{MEASURE}-{upstream}.json"
+        partial = folder / f"measured-{MEASURE}-{max(tokens.values())}-{upstream}.json"
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         start = min(refined.loss for refined in found[: len(plans)])  # these are the optimizer's
         result = []
@@ -267,12 +267,13 @@ def search(
     data, budget = (data or DataConfig()).resolved(loaded.context_length), budget or BudgetConfig()
     check_density(budget.density)  # before the long stages
     budget.config(data.lengths or ())
+    weights = data.weights or default_weights(budget.density)
     run = Run(folder, progress)
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)
-    plans, key = run_optimize(run, tables, key, loaded.identity, data.weights, budget)
-    plans, key = run_refine(run, loaded, calibration, plans, key, data.weights, budget)
-    plan, _ = run_validate(run, loaded, plans, calibration.validation, key, data.weights)
+    plans, key = run_optimize(run, tables, key, loaded.identity, weights, budget)
+    plans, key = run_refine(run, loaded, calibration, plans, key, weights, budget)
+    plan, _ = run_validate(run, loaded, plans, calibration.validation, key, weights)
     return plan
 
 

@@ -12,7 +12,8 @@ less of the rest. Where spans are long, a system prompt that all heads see is wo
 back.
 
 Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
-lie there; so heads try rules that see at most half of a text, or all of it.
+lie there; so heads try rules that see at most half of a text, or all of it. Where half of all tokens or more are
+stored, plans lose so little that chance decides between them: there half as many are measured, on twice the items.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from moa.files import read_json, write_json
 from moa.models import LoadedModel
 from moa.plan import SINK, ModelIdentity, Plan
 from moa.progress import SILENT, Progress
-from moa.search.calibrate import RETRIEVAL
+from moa.search.calibrate import RETRIEVAL, SOURCES
 from moa.search.descend import LEAST_EVALUATIONS, descend
 from moa.search.divergence import Divergence
 from moa.search.exchange import Budget, exchange
@@ -41,10 +42,23 @@ _STEP = 2  # a head tries so many rules that are next cheaper and next dearer th
 _TRIED = 6  # rules of a head in a sweep, at most
 _SWEEPS = 3  # an allowance too small for so many sweeps over all heads sweeps over some of them
 _LEAST_HEADS = 8
-_TOKENS = {RETRIEVAL: 49152}  # measured on items of so many tokens for each length
-_OTHER_TOKENS = 16384  # of sources with longer answers
+_EVALUATIONS, _HEAD_EVALUATIONS = 800, 10  # plans to measure unless it is said how many: in all, and for each KV head
+_TOKENS, _OTHER_TOKENS = 49152, 16384  # measured on items of so many tokens for each length: retrieval, other sources
+_CLOSE, _MORE = 1 / 2, 2  # from this density on so many times as many items, and as many times fewer plans
 _REMEMBER = 16  # measurements between two writes of the file for an interrupted call
 _LEAST_GAIN = 1e-3  # of the loss; smaller gains end the search
+
+
+def plans_to_measure(heads: int, density: float) -> int:
+    """How many plans of a model with so many KV heads are measured unless it is said how many."""
+    plans = max(_EVALUATIONS, _HEAD_EVALUATIONS * heads)
+    return plans // _MORE if density >= _CLOSE else plans
+
+
+def tokens_to_measure(density: float) -> dict[str, int]:
+    """Tokens of the items that plans of this density are measured on, at each length, by source."""
+    times = _MORE if density >= _CLOSE else 1
+    return {source: times * (_TOKENS if source == RETRIEVAL else _OTHER_TOKENS) for source in SOURCES}
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ class _Refinement:
     ):
         self.loaded, self.plans, self.progress = loaded, plans, progress
         self.evaluations, self.partial = evaluations, partial
-        self.items, self.weights = _some(items), weights
+        self.items, self.weights = _some(items, tokens_to_measure(config.density)), weights
         self.lengths = sorted({length for length, _ in items.items})
         self.divergence = Divergence(loaded, self.items, weights)
         self.spaces = {sink: _Space.of(self.lengths, replace(config, sink=sink)) for sink in {config.sink, *SINKS}}
@@ -298,11 +312,11 @@ def _tried(budget: Budget) -> np.ndarray:
     return known[(ends | plain & (whole | (share <= _WINDOW)).all(axis=0))[known]]
 
 
-def _some(items: CalibrationSet) -> CalibrationSet:
-    """The items that are measured on, of every length."""
+def _some(items: CalibrationSet, tokens: Mapping[str, int]) -> CalibrationSet:
+    """The items that are measured on: of every length and source so many tokens, or the first."""
     return CalibrationSet(
         {
-            (length, source): members[: max(1, _TOKENS.get(source, _OTHER_TOKENS) // length)]
+            (length, source): members[: max(1, tokens[source] // length)]
             for (length, source), members in items.items.items()
         }
     )

@@ -1,10 +1,11 @@
 """What a search is asked for: the data that it measures on, and what the plan may cost."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from moa.errors import InputError
-from moa.search.defaults import ITEMS, VALIDATION_ITEMS, WEIGHTS
+from moa.search.calibrate import SOURCES
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS
 from moa.search.rules import OptimizeConfig, RuleGrid
 
 
@@ -20,8 +21,9 @@ class DataConfig:
         Held-out items have this length and the profile lengths; by default half as long again as the longest of them.
     items, validation_items : int
         Items per length and source.
-    weights : dict
-        Calibration sources, and what each one counts, in loss tables and in measured losses.
+    weights : dict, optional
+        Calibration sources, and what each one counts, in loss tables and in measured losses; by default all of them,
+        and what was measured best for the plan's density (`moa.search.defaults.default_weights`).
     seed : int
     """
 
@@ -29,8 +31,13 @@ class DataConfig:
     validation_length: int | None = None
     items: int = ITEMS
     validation_items: int = VALIDATION_ITEMS
-    weights: Mapping[str, float] = field(default_factory=lambda: dict(WEIGHTS))
+    weights: Mapping[str, float] | None = None
     seed: int = 0
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Calibration sources, by name."""
+        return tuple(sorted(SOURCES if self.weights is None else self.weights))
 
     def resolved(self, context_length: int) -> "DataConfig":
         """With the default lengths for a model of this context filled in.
@@ -74,7 +81,8 @@ class BudgetConfig:
     points : int
         Cuts of each objective's range.
     evaluations : int, optional
-        Plans to measure in the refine stage; 0 leaves it out. By default 800, and at least ten for each KV head.
+        Plans to measure in the refine stage; 0 leaves it out. By default 800, and at least ten for each KV head; half
+        as many, on twice the items, from a density of 0.5 on (`moa.search.refine.plans_to_measure`).
     """
 
     density: float = 0.5
