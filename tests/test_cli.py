@@ -18,6 +18,7 @@ from moa.cli.options import plans_of
 from moa.evaluation.rows import Row
 from moa.models import locate
 from moa.progress import SILENT
+from moa.search.calibrate import SOURCES
 from moa.search.defaults import default_weights
 from moa.search.profile import kv_losses
 from moa.search.run import Run
@@ -140,7 +141,7 @@ def test_stages_one_by_one_give_the_plan_of_the_search(profiled, random_folder, 
     shutil.copytree(profiled, tmp_path / "run")
     common = ("--run-dir", tmp_path / "run", "--quiet")
     assert run("optimize", "--density", 0.5, *common) == 0
-    assert Run(tmp_path / "run").finished("optimize")[0]["weights"] == default_weights(0.5)
+    assert Run(tmp_path / "run").finished("optimize")[0]["weights"] == default_weights(0.5, SOURCES)
     assert run("refine", random_folder, "--refine", 9, *common) == 0
     assert "plans measured" in capsys.readouterr().out
     assert run("validate", random_folder, "-o", tmp_path / "a.json", *common) == 0
@@ -198,7 +199,7 @@ def test_eval_takes_baselines_from_a_search_and_draws(profiled, random_folder, t
     shown = capsys.readouterr().out
     for name in ("per-layer", "per-head", "binary-heads", "MoA plan"):
         assert name in shown
-    assert mixed == [default_weights(0.8)] * 3, "as the plan's density has it"
+    assert mixed == [default_weights(0.8, SOURCES)] * 3, "as the plan's density has it"
     assert (tmp_path / "map.png").stat().st_size > 5000
 
 

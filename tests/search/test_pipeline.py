@@ -16,6 +16,7 @@ from moa.progress import Progress
 from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
+from moa.search.calibrate import SOURCES
 from moa.search.defaults import default_weights
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
@@ -85,9 +86,15 @@ def test_a_second_call_reads_and_a_changed_setting_redoes_its_stages_only(small,
     other = search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["candidates", "refine", "validate"]
     assert other.density(640) > plan.density(640)
-    assert (plan.provenance["weights"], other.provenance["weights"]) == (default_weights(0.5), default_weights(0.6))
+    assert (plan.provenance["weights"], other.provenance["weights"]) == tuple(
+        default_weights(density, SOURCES) for density in (0.5, 0.6)
+    )
     ran.clear()
     monkeypatch.setattr(pipeline, "MEASURE", "another")
+    search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
+    assert list(dict.fromkeys(ran)) == ["refine", "validate"]
+    ran.clear()
+    monkeypatch.setattr(pipeline, "tokens_to_measure", lambda density: dict.fromkeys(SOURCES, 12345))
     search(random_model, default_text(), folder, DATA, replace(BUDGET, density=0.6))
     assert list(dict.fromkeys(ran)) == ["refine", "validate"]
     ran.clear()

@@ -102,7 +102,8 @@ def evaluate(
             if other == "uniform":
                 methods[label] = Plan.uniform(identity, density)
             elif other != "dense":
-                losses = kv_losses(tables, identity.kv_heads, weights_of(mixture) or default_weights(density))
+                weights = weights_of(mixture) or default_weights(density, tables.sources)
+                losses = kv_losses(tables, identity.kv_heads, weights)
                 try:
                     methods[label] = baselines.baseline(other, losses, identity, density)
                 except InfeasibleBudgetError as error:

@@ -32,6 +32,10 @@ Mixture = Annotated[
     str | None,
     typer.Option(help="Weights of calibration sources: retrieval, summary, text.", show_default="by density"),
 ]
+MixtureNames = Annotated[
+    str | None,
+    typer.Option("--mixture", help="As of `moa search`; of these only the names count here.", show_default="all three"),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 TextFiles = Annotated[list[Path] | None, typer.Option("--text", help="Calibration text files (repeat the option).")]
 Dataset = Annotated[str | None, typer.Option(help="Calibration text from an HF dataset: hub name or local path.")]

@@ -18,6 +18,7 @@ from moa.cli.options import (
     Items,
     Lengths,
     Mixture,
+    MixtureNames,
     Model,
     Output,
     Points,
@@ -96,7 +97,7 @@ def calibrate(
     model: Model,
     lengths: Lengths = None,
     items: Items = ITEMS,
-    mixture: Mixture = None,
+    mixture: MixtureNames = None,
     text: TextFiles = None,
     dataset: Dataset = None,
     validation_length: ValidationLength = None,
@@ -158,7 +159,7 @@ def optimize(
     run = open_run(run_dir, quiet)
     tables, key, identity = profiled(run)
     budget = BudgetConfig(density, numbers_of(constrained, "--constrained"), rules_per_layer, grid, points)
-    weights = weights_of(mixture) or default_weights(density)
+    weights = weights_of(mixture) or default_weights(density, tables.sources)
     plans, _ = run_optimize(run, tables, key, identity, weights, budget)
     table = Table(title=f"{len(plans)} plans at density {density}")
     lengths = list(plans[0].provenance["predicted_losses"])

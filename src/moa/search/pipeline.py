@@ -178,7 +178,8 @@ def run_refine(
 
     def compute(folder: Path) -> list[Plan]:
         config = budget.config({length for length, _ in calibration.profile.items})
-        partial = folder / f"measured-{MEASURE}-{max(tokens.values())}-{upstream}.json"
+        amounts = "-".join(str(amount) for amount in sorted(set(tokens.values())))
+        partial = folder / f"measured-{MEASURE}-{amounts}-{upstream}.json"
         found = refine(loaded, plans, calibration.profile, weights, config, evaluations, run.progress, partial)
         start = min(refined.loss for refined in found[: len(plans)])  # these are the optimizer's
         result = []
@@ -267,7 +268,7 @@ def search(
     data, budget = (data or DataConfig()).resolved(loaded.context_length), budget or BudgetConfig()
     check_density(budget.density)  # before the long stages
     budget.config(data.lengths or ())
-    weights = data.weights or default_weights(budget.density)
+    weights = data.weights or default_weights(budget.density, data.sources)
     run = Run(folder, progress)
     calibration, key = run_calibrate(run, loaded, text, data)
     tables, key = run_profile(run, loaded, calibration, key, estimator)

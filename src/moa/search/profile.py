@@ -66,6 +66,11 @@ class Profile:
 
     tables: dict[tuple[int, str], np.ndarray]
 
+    @property
+    def sources(self) -> set[str]:
+        """The calibration sources, by name."""
+        return {source for _, source in self.tables}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tables as safetensors, under names like ``4096/retrieval``."""
         write_tensors(path, {f"{length}/{source}": table for (length, source), table in self.tables.items()})
@@ -153,10 +158,9 @@ def item_losses(profile: Profile, kv_heads: int, weights: Mapping[str, float]) -
     InputError
         If the weights do not name exactly the profile's sources, or kv_heads does not divide the query heads.
     """
-    sources = {source for _, source in profile.tables}
-    if set(weights) != sources:
+    if set(weights) != profile.sources:
         raise InputError(
-            f"weights are given for {sorted(weights)}, but the profile has {sorted(sources)}; name the same"
+            f"weights are given for {sorted(weights)}, but the profile has {sorted(profile.sources)}; name the same"
         )
     losses: dict[int, dict[str, np.ndarray]] = {}
     for (length, source), table in sorted(profile.tables.items()):

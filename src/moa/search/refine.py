@@ -1,11 +1,11 @@
 """The refine stage: the last choices are made by measurement.
 
 A loss table is of first order and knows one head at a time: it cannot see that two heads stand in for each other, or
-that a head matters only while another one works. Here plans run for real, at all profile lengths. First the descent
-(`moa.search.descend`) comes down from the dense model. Then *sweeps* try, for each head alone, a few rules beside its
-own. An exact program picks the best set of these changes within the budget; since each was measured alone, ever fewer
-of them are made at once until the loss of the whole, measured, falls. What the budget has left after them goes to heads
-that see as much at some lengths and more at others.
+that a head matters only while another one works. Here plans run for real, at all profile lengths. First, where enough
+may be measured, the descent (`moa.search.descend`) comes down from the dense model. Then *sweeps* try, for each head
+alone, a few rules beside its own. An exact program picks the best set of these changes within the budget; since each
+was measured alone, ever fewer of them are made at once until the loss of the whole, measured, falls. What the budget
+has left after them goes to heads that see as much at some lengths and more at others.
 
 Before the descent and after it the sink is chosen: the same spans, with more of the beginning of the text in them and
 less of the rest. Where spans are long, a system prompt that all heads see is worth more than as many tokens further
@@ -13,7 +13,8 @@ back.
 
 Few items can be measured on. A rule that leaves out the first tenth of a text costs nothing where no fact happens to
 lie there; so heads try rules that see at most half of a text, or all of it. Where half of all tokens or more are
-stored, plans lose so little that chance decides between them: there half as many are measured, on twice the items.
+stored, plans lose so little that chance decides between them: there half as many are measured, on up to twice the
+items.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ _SWEEPS = 3  # an allowance too small for so many sweeps over all heads sweeps o
 _LEAST_HEADS = 8
 _EVALUATIONS, _HEAD_EVALUATIONS = 800, 10  # plans to measure unless it is said how many: in all, and for each KV head
 _TOKENS, _OTHER_TOKENS = 49152, 16384  # measured on items of so many tokens for each length: retrieval, other sources
-_CLOSE, _MORE = 1 / 2, 2  # from this density on so many times as many items, and as many times fewer plans
+_CLOSE, _MORE = 1 / 2, 2  # from this density on as many times more tokens, and fewer plans
 _REMEMBER = 16  # measurements between two writes of the file for an interrupted call
 _LEAST_GAIN = 1e-3  # of the loss; smaller gains end the search
 

@@ -23,7 +23,7 @@ class DataConfig:
         Items per length and source.
     weights : dict, optional
         Calibration sources, and what each one counts, in loss tables and in measured losses; by default all of them,
-        and what was measured best for the plan's density (`moa.search.defaults.default_weights`).
+        weighted by the plan's density (`moa.search.defaults.default_weights`).
     seed : int
     """
 
@@ -82,7 +82,7 @@ class BudgetConfig:
         Cuts of each objective's range.
     evaluations : int, optional
         Plans to measure in the refine stage; 0 leaves it out. By default 800, and at least ten for each KV head; half
-        as many, on twice the items, from a density of 0.5 on (`moa.search.refine.plans_to_measure`).
+        as many, on up to twice the items, from a density of 0.5 on (`moa.search.refine.plans_to_measure`).
     """
 
     density: float = 0.5
