@@ -16,6 +16,12 @@ model=$1 folder=$2 result=$3
 shift 3
 device=${DEVICE:-auto} lengths=${LENGTHS:-2048,4096,8192,16384} short=${SHORT-2048} items=${ITEMS:-100}
 (($#)) || set -- 12.5 25 50 75
+for density in "$@"; do
+  if [[ ! $density =~ ^[0-9]+([.][0-9]+)?$ ]] || ! awk "BEGIN { exit !($density >= 1 && $density <= 100) }"; then
+    echo "accuracy.sh: expected densities in percent, 1 to 100, not $density" >&2
+    exit 1
+  fi
+done
 
 for length in ${short//,/ }; do
   if [[ ,$lengths, != *,$length,* ]]; then

@@ -19,9 +19,9 @@ from moa.evaluation.rows import Row
 from moa.models import locate
 from moa.progress import SILENT
 from moa.search.calibrate import SOURCES
-from moa.search.defaults import default_weights
 from moa.search.profile import kv_losses
 from moa.search.run import Run
+from moa.search.settings import default_weights
 
 DATA = ("--lengths", 320, "--items", 1, "--validation-items", 1, "--validation-length", 384)  # of a search
 IDENTITY = moa.ModelIdentity("llama", 2, 3, 9, 64, "0123456789abcdef")

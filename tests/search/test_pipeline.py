@@ -17,14 +17,13 @@ from moa.runtime import apply
 from moa.search import pipeline
 from moa.search import profile as profile_stage
 from moa.search.calibrate import SOURCES
-from moa.search.defaults import default_weights
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
 from moa.search.items import CalibrationSet
 from moa.search.pipeline import Calibration, run_optimize, search
 from moa.search.profile import Profile
 from moa.search.run import Run
-from moa.search.settings import BudgetConfig, DataConfig
+from moa.search.settings import BudgetConfig, DataConfig, default_weights
 from moa.search.tables import window_count
 from moa.search.text import TextSource, default_text
 from moa.search.validate import ValidationRow

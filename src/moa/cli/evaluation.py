@@ -73,8 +73,8 @@ def evaluate(
     from moa.report.heat_maps import check_drawing, heat_maps
     from moa.report.tables import table, to_json, to_markdown
     from moa.search import baselines
-    from moa.search.defaults import default_weights
     from moa.search.profile import kv_losses
+    from moa.search.settings import default_weights
 
     for path in (json, heat_map):
         if path:

@@ -37,7 +37,7 @@ from moa.cli.options import (
     out,
     weights_of,
 )
-from moa.search.defaults import ITEMS, VALIDATION_ITEMS, default_weights
+from moa.search.defaults import ITEMS, VALIDATION_ITEMS
 
 
 class EstimatorName(StrEnum):
@@ -154,7 +154,7 @@ def optimize(
 ) -> None:
     """Third stage: choose a rule for every KV head within the budget; several plans."""
     from moa.search.pipeline import profiled, run_optimize
-    from moa.search.settings import BudgetConfig
+    from moa.search.settings import BudgetConfig, default_weights
 
     run = open_run(run_dir, quiet)
     tables, key, identity = profiled(run)

@@ -22,7 +22,6 @@ from moa.plan import BLOCK, SINK, ModelIdentity, Plan, check_density
 from moa.progress import SILENT, Progress
 from moa.search.calibrate import TEXT_LOSS, CalibrateConfig, calibrate
 from moa.search.coherent import candidates
-from moa.search.defaults import default_weights
 from moa.search.divergence import MEASURE
 from moa.search.facts import FACTS, HELD_OUT_FACTS
 from moa.search.influence import Estimator
@@ -31,7 +30,7 @@ from moa.search.optimize import ParetoPlan, optimize
 from moa.search.profile import Profile, ProfileConfig, item_losses, mean_losses, profile
 from moa.search.refine import SINKS, plans_to_measure, refine, tokens_to_measure
 from moa.search.run import Run
-from moa.search.settings import BudgetConfig, DataConfig
+from moa.search.settings import BudgetConfig, DataConfig, default_weights
 from moa.search.tables import SHORTEST
 from moa.search.text import TextSource, split_text
 from moa.search.validate import RULE, ValidationRow, best, lowest_of, validate
@@ -71,7 +70,7 @@ def run_calibrate(run: Run, loaded: LoadedModel, text: TextSource, data: DataCon
         "text_sha256": hashlib.sha256(text.text.encode()).hexdigest(),
         "text_loss": TEXT_LOSS,
         "facts_sha256": hashlib.sha256(repr((FACTS, HELD_OUT_FACTS)).encode()).hexdigest(),
-        "data": asdict(replace(data, weights=list(data.sources))),  # type: ignore[arg-type]
+        "data": asdict(data) | {"weights": data.sources},
     }
 
     def compute(folder: Path) -> Calibration:

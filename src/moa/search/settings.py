@@ -1,12 +1,28 @@
 """What a search is asked for: the data that it measures on, and what the plan may cost."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from moa.errors import InputError
-from moa.search.calibrate import SOURCES
+from moa.search.calibrate import RETRIEVAL, SOURCES, SUMMARY, TEXT
 from moa.search.defaults import ITEMS, VALIDATION_ITEMS
 from moa.search.rules import OptimizeConfig, RuleGrid
+
+# By density, what sources count. With an eighth of the KV cache text and facts compete for every head, and with more
+# weight on text no head is left for facts; with half there is room for both, and summaries keep answers close to the
+# dense model's. From Qwen2.5-0.5B-Instruct, see docs/accuracy.md.
+_DENSITIES = (0.125, 0.25, 0.5, 0.75)
+_WEIGHTS = {RETRIEVAL: (1.0, 1.0, 1.0, 1.0), SUMMARY: (0.2, 0.5, 1.0, 2.0), TEXT: (1.4, 2.3, 0.5, 0.8)}
+
+
+def default_weights(density: float, sources: Collection[str]) -> dict[str, float]:
+    """Weights of calibration sources for plans of a density: as measured at four densities, between them interpolated.
+
+    Beyond them the nearest holds.
+    """
+    return {source: round(float(np.interp(density, _DENSITIES, _WEIGHTS[source])), 4) for source in sorted(sources)}
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,7 @@ class DataConfig:
         Items per length and source.
     weights : dict, optional
         Calibration sources, and what each one counts, in loss tables and in measured losses; by default all of them,
-        weighted by the plan's density (`moa.search.defaults.default_weights`).
+        weighted by the plan's density (`default_weights`).
     seed : int
     """
 

@@ -3,7 +3,7 @@
 import pytest
 
 from moa.search.calibrate import SOURCES
-from moa.search.defaults import default_weights
+from moa.search.settings import default_weights
 
 
 @pytest.mark.parametrize("density", [1e-3, 0.125, 0.2, 0.25, 0.4, 0.5, 0.75, 1.0])
